@@ -93,14 +93,22 @@ def _corpus_for(data, corpus, root):
     if not corpus: print(f"图库用数据旁边的 {beside}（不想用它：--corpus none）", file=sys.stderr)
     return read_corpus(corpus or beside)
 
+def _say_bad(bad):
+    "坏图跳过了几张，说出来。"
+    if bad: print(f"跳过 {len(bad)} 张坏图，第一张：{next(iter(bad.values()))}", file=sys.stderr)
+
 @app.command("eval")
 def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = opt("tiny-clip", "模型", "--model"), image_root: str = opt("", "图片根目录", "--image-root"),
                  corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"), json_path: str = opt("", "把指标写成 JSON", "--json"),
-                 batch_size: int = opt(128, "每批几个", "--batch-size")):
+                 batch_size: int = opt(128, "每批几个", "--batch-size"), strict: bool = opt(False, "遇到坏图就报错，而不是丢掉", "--strict")):
     "评测一个模型：hit@K、recall@K、MRR、NDCG，带 95 % 区间。"
+    from vembed_nb.data.check import drop_broken, drop_broken_corpus
     from vembed_nb.data.read import parse_columns, read_records
     records, root = read_records(data, parse_columns(columns)), image_root or str(Path(data).parent)
     gallery = _corpus_for(data, corpus, root)
+    records, bad = drop_broken(records, root, strict)
+    if gallery: gallery, more = drop_broken_corpus(gallery, root, strict)
+    _say_bad(bad | (more if gallery else {}))
     from vembed_nb.core import write_json
     from vembed_nb.evaluate.report import SHOWN, evaluate_encoder
     from vembed_nb.models.load import load_encoder
@@ -131,20 +139,18 @@ def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 ima
                   image_root: str = opt("", "图片根目录", "--image-root"), columns: str = opt("", "列名映射，例如 id=货号,image=图片", "--columns"), kind: str = opt("flat", "flat 或 FAISS 工厂字符串，例如 HNSW32", "--kind"),
                   overwrite: bool = opt(False, "替换旧索引", "--overwrite"), strict: bool = opt(False, "遇到坏图就报错，而不是跳过", "--strict")):
     "编码一个图库，建索引。"
-    from vembed_nb.core import claim_dir
-    from vembed_nb.data.images import broken_images
+    from vembed_nb.core import check_dir
+    from vembed_nb.data.check import drop_broken_corpus
     from vembed_nb.data.read import parse_columns, read_corpus
     root = image_root or str(Path(data).parent)
-    ids, items, metas = read_corpus(data, parse_columns(columns))
-    if Path(out).exists() and not overwrite: claim_dir(out)
-    bad = broken_images([i.image for i in items if i.image], root)
-    if bad and (strict or len(bad) == len(items)): raise VembedError(f"{len(bad)} 张图有问题，第一张：{next(iter(bad.values()))}")
-    keep = [j for j, i in enumerate(items) if i.image not in bad]
-    if bad: print(f"跳过 {len(bad)} 张坏图，第一张：{next(iter(bad.values()))}", file=sys.stderr)
+    corpus = read_corpus(data, parse_columns(columns))
+    check_dir(out, overwrite, marks=["manifest.json"])
+    corpus, bad = drop_broken_corpus(corpus, root, strict)
+    _say_bad(bad)
     from vembed_nb.models.load import load_encoder, resolve_model
     from vembed_nb.search.searcher import build_index
-    build_index(load_encoder(model), ([ids[j] for j in keep], [items[j] for j in keep], [metas[j] for j in keep]), root, resolve_model(model) if Path(model).is_dir() else model, out, kind)
-    print(f"{len(keep)} 样东西，索引在 {out}")
+    build_index(load_encoder(model), corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind)
+    print(f"{len(corpus[0])} 样东西，索引在 {out}")
 
 @app.command()
 def search(query: str = typer.Argument(..., help="一句话，或一张图的路径"), index: str = opt(..., "索引文件夹", "--index"), k: int = opt(10, "要几个", "-k"), text: str = opt("", "和图片一起用的文字（组合检索）", "--text"),

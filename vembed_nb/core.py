@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'VembedError', 'nearest', 'did_you_mean', 'need', 'mode', 'default_device', 'set_seed', 'stable_id',
-           'write_text', 'write_json', 'atomic_dir', 'claim_dir', 'versions', 'machine', 'progress', 'as_jpeg']
+           'write_text', 'write_json', 'atomic_dir', 'check_dir', 'claim_dir', 'versions', 'machine', 'progress',
+           'as_jpeg']
 
 # %% ../nbs/00_core.ipynb #78f11e76
 import hashlib
@@ -121,7 +122,7 @@ def atomic_dir(
     tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     try:
         yield tmp
-        tmp.chmod(0o755)
+        for p in [tmp, *tmp.rglob("*")]: p.chmod(0o755 if p.is_dir() else 0o644)
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         if path.exists(): path.rename(old)
         tmp.rename(path)
@@ -131,23 +132,32 @@ def atomic_dir(
         raise
 
 # %% ../nbs/00_core.ipynb #7f5c5bbc
-def claim_dir(
+def check_dir(
     path,  # 输出文件夹
-    overwrite: bool = False,  # 是否删掉旧内容
+    overwrite: bool = False,  # 是否打算替换旧内容
     resume: bool = False,  # 是否在旧内容上继续
-    marks=(),  # 属于本工具的文件名；overwrite 时只允许删含有其中之一的文件夹
-) -> Path:  # 可以写的文件夹
-    "确认输出文件夹可用；非空而又没有说 overwrite 或 resume 时抛 `VembedError`。"
+    marks=(),  # 属于本工具的文件名；overwrite 时只许动含有其中之一的文件夹
+) -> bool:  # 里面是否已经有东西
+    "只检查、不改动：非空而又没有说 overwrite 或 resume，或者里面不像本工具的东西，抛 `VembedError`。"
     path = Path(path)
     if path.is_file(): raise VembedError(f"{path} 是一个文件，不能当输出文件夹；换一个 --out")
     full = path.is_dir() and any(path.iterdir())
-    if full and not (overwrite or resume):
-        raise VembedError(f"输出文件夹 {path} 不是空的；加 --overwrite 重来，加 --resume 接着做，或换一个 --out")
-    if full and overwrite and not resume:
-        if marks and not any((path/m).exists() for m in marks):
-            raise VembedError(f"{path} 不像是本工具写的（没有 {'、'.join(marks)}），不敢删；清空它或换一个 --out")
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
+    if full and not (overwrite or resume): raise VembedError(f"输出文件夹 {path} 不是空的；加 --overwrite 重来，加 --resume 接着做，或换一个 --out")
+    if full and overwrite and marks and not any((path/m).exists() for m in marks):
+        raise VembedError(f"{path} 不像是本工具写的（没有 {'、'.join(marks)}），不敢删；清空它或换一个 --out")
+    return full
+
+def claim_dir(
+    path,  # 输出文件夹
+    overwrite: bool = False,  # 是否删掉旧内容
+    resume: bool = False,  # 是否在旧内容上继续；与 overwrite 同时给时不删
+    marks=(),  # 见 `check_dir`
+) -> Path:  # 可以写的文件夹
+    "检查之后占好输出文件夹：overwrite 时清空，没有时新建。"
+    path = Path(path)
+    if check_dir(path, overwrite and not resume, resume, marks) and overwrite and not resume: shutil.rmtree(path)
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise VembedError(f"输出文件夹 {path} 建不了：{e.strerror}；换一个 --out") from e
     return path
 
 # %% ../nbs/00_core.ipynb #b9f93bf6

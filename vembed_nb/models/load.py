@@ -8,13 +8,12 @@ __all__ = ['FAMILIES', 'resolve_model', 'load_encoder']
 # %% ../../nbs/28_models.load.ipynb #b4c06cc8
 import importlib
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..core import VembedError, did_you_mean
-from .base import CARD, Encoder, ModelCard
+from .base import Encoder, ModelCard, quiet_transformers
 from ..tiny import TINY, tiny_path
 
 # %% ../../nbs/28_models.load.ipynb #84e2ebd5
@@ -56,24 +55,13 @@ def load_encoder(
 ) -> Encoder:
     "打开一个编码器。找不到、缺权重、多权重、家族不认得，都抛 `VembedError`。"
     where = resolve_model(str(name))
-    with _quiet():
+    with quiet_transformers():
         config = _config(where, name)
         if config.model_type not in FAMILIES: raise VembedError(f"{name} 的 model_type 是 {config.model_type!r}，还不支持；支持 {'、'.join(FAMILIES)}")
         module, cls = FAMILIES[config.model_type]
         card = ModelCard.load(where) if Path(where).is_dir() else None
         encoder = getattr(importlib.import_module(module), cls)(_weights(where, name, config, dtype), _processor(where, name), card)
     return encoder.to(device or "cpu").eval()
-
-@contextmanager
-def _quiet():
-    "transformers 没有 torchvision 时为每个图像处理器印一行提醒（它会改用 PIL，结果正确），还有装载进度条；这里都收起来。"
-    from transformers.utils import logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
-    try: yield
-    finally:
-        logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
 
 # %% ../../nbs/28_models.load.ipynb #c1545433
 def _config(where, name):

@@ -26,7 +26,7 @@ def gallery(
     cols = len(groups) * k + len(groups) - 1
     widths = ([1] * k + [0.25]) * (len(groups) - 1) + [1] * k
     fig = plt.figure(figsize=(cell * sum(widths), (cell + 0.34) * len(rows) + 0.7))
-    grid = fig.add_gridspec(len(rows), cols, width_ratios=widths, left=0.01, right=0.99, bottom=0.01, top=1 - 0.75 / fig.get_figheight(), wspace=0.06, hspace=0.36)
+    grid = fig.add_gridspec(len(rows), cols, width_ratios=widths, left=0.01, right=0.99, bottom=0.01, top=1 - 0.75 / fig.get_figheight(), wspace=0.1, hspace=0.36)
     for r, (text, results) in enumerate(rows):
         for g, name in enumerate(groups):
             for c, (picture, right) in enumerate(results[name]): _cell(fig.add_subplot(grid[r, g * (k + 1) + c]), open_image(picture, image_root), right)
@@ -47,4 +47,4 @@ def _cell(ax, image, right):
 def _head(fig, first, last, name):
     "一组结果的列标题。"
     a, b = first.get_position(fig), last.get_position(fig)
-    fig.text((a.x0 + b.x1) / 2, a.y1 + 0.27 / fig.get_figheight(), name, ha="center", va="bottom", fontsize=11, weight="bold")
+    fig.text((a.x0 + b.x1) / 2, a.y1 + 0.27 / fig.get_figheight(), name, ha="center", va="bottom", fontsize=12)
