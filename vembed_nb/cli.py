@@ -22,22 +22,37 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="准备和检查数据。你自己的图片文件夹加一张表：vembed data table 商品.csv --text 标题 --image 图片 --out 数据集")
 app.add_typer(data_app, name="data")
 
-def opt(default, help, *names): return typer.Option(default, *names, help=help)
+def opt(
+    default,  # 默认值；... 表示必填
+    help: str,  # 中文说明
+    *names,  # 选项的写法，例如 "--out"
+):  # typer 的选项
+    "写起来短一点的 `typer.Option`。"
+    return typer.Option(default, *names, help=help)
 
 def main(
     argv=None,  # 参数列表，默认是 sys.argv
 ):
     "入口：跑一条命令，返回退出码（0 成功，2 输入有问题，130 被 Ctrl-C 停下）。"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try: code = app(args=argv, standalone_mode=False, prog_name="vembed")
+    command = typer.main.get_command(app)
+    try:  # 不用 app(…)：typer 会把 KeyboardInterrupt 换成没有话的 Exit(130)
+        with command.make_context("vembed", list(sys.argv[1:] if argv is None else argv)) as ctx: code = command.invoke(ctx)
     except VembedError as e: return _fail(f"错误：{e}", 2)
     except KeyboardInterrupt as e: return _fail(f"已停下。{e}", 130)
     except typer.Exit as e: return e.exit_code
     except typer.Abort: return _fail("已停下。", 130)
+    except BrokenPipeError: return _closed_pipe()
+    except OSError as e: return _fail(f"错误：{e.filename or '文件'} 读写失败：{e.strerror or e}", 2)
     except Exception as e:
         if not hasattr(e, "format_message"): raise
         return _fail(f"错误：{e.format_message()}（用法：vembed --help）", 2)
     return code if isinstance(code, int) else 0
+
+def _closed_pipe():
+    "输出接到 head 之类提前关门的程序：安静地停。"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 def _fail(text, code):
     "向 stderr 说一句话。"
@@ -86,11 +101,10 @@ def train(args: list[str] = typer.Argument(None, metavar="[CONFIG.yaml] [键=值
 
 # %% ../nbs/98_cli.ipynb #fff8781d
 def _corpus_for(data, corpus, root):
-    "图库：给了就用；数据文件旁边有 corpus.jsonl 就用它，并说出来；都没有就用数据里出现的文档。"
+    "图库：给了就用；数据文件旁边有 corpus.jsonl 就用它（评测完说出来）；都没有就用数据里出现的文档。"
     from vembed_nb.data.read import read_corpus
     beside = Path(data).parent/"corpus.jsonl"
     if corpus == "none" or (not corpus and not beside.exists()): return None
-    if not corpus: print(f"图库用数据旁边的 {beside}（不想用它：--corpus none）", file=sys.stderr)
     return read_corpus(corpus or beside)
 
 def _say_bad(bad):
@@ -108,12 +122,13 @@ def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = op
     gallery = _corpus_for(data, corpus, root)
     records, bad = drop_broken(records, root, strict)
     if gallery: gallery, more = drop_broken_corpus(gallery, root, strict)
-    _say_bad(bad | (more if gallery else {}))
+    bad |= more if gallery else {}
     from vembed_nb.core import write_json
     from vembed_nb.evaluate.report import SHOWN, evaluate_encoder
     from vembed_nb.models.load import load_encoder
     report = evaluate_encoder(load_encoder(model), records, gallery, root, batch_size, name=model)
-    print(f"{report.n_queries} 个查询，图库 {report.n_corpus}")
+    _say_bad(bad)
+    print(f"{report.n_queries} 个查询，图库 {report.n_corpus}" + ("" if corpus or not gallery else "（用了数据旁边的 corpus.jsonl；不想用它：--corpus none）"))
     for k in SHOWN: print(f"{k:10} {report.metrics[k]:.3f}   [{report.ci[k][0]:.3f}, {report.ci[k][1]:.3f}]")
     if json_path: write_json(json_path, {**{k: report.metrics[k] for k in SHOWN}, **report.to_dict()})
 
@@ -122,15 +137,17 @@ def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="�
            image_root: str = opt("", "图片根目录", "--image-root"), dim: int = opt(0, "只要前几维；0 表示全部", "--dim"), role: str = opt("document", "query 或 document", "--role")):
     "把文字、图片或整个图库编码成向量。"
     import numpy as np
+    from vembed_nb.core import atomic_file
     from vembed_nb.data.read import READERS, read_corpus
-    from vembed_nb.data.tasks import as_item
     from vembed_nb.models.load import load_encoder
+    from vembed_nb.predict import Predictor
     if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in READERS:
         ids, items, _ = read_corpus(inputs[0])
         image_root = image_root or str(Path(inputs[0]).parent)
-    else: ids, items = inputs, [as_item(i) for i in inputs]
-    vectors = load_encoder(model).encode(items, dim=dim or None, image_root=image_root, role=role)
-    np.savez(out, ids=np.array(ids), vectors=vectors.numpy())
+    else: ids, items = inputs, list(inputs)
+    vectors = Predictor(load_encoder(model), image_root=image_root).encode(items, dim or None, role=role)
+    out = out if out.endswith(".npz") else f"{out}.npz"
+    with atomic_file(out) as tmp: np.savez(tmp, ids=np.array(ids), vectors=vectors.numpy())
     print(f"{len(ids)} 个向量，{vectors.shape[1]} 维，写在 {out}")
 
 # %% ../nbs/98_cli.ipynb #8717cbd7
@@ -146,10 +163,10 @@ def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 ima
     corpus = read_corpus(data, parse_columns(columns))
     check_dir(out, overwrite, marks=["manifest.json"])
     corpus, bad = drop_broken_corpus(corpus, root, strict)
-    _say_bad(bad)
     from vembed_nb.models.load import load_encoder, resolve_model
     from vembed_nb.search.searcher import build_index
     build_index(load_encoder(model), corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind)
+    _say_bad(bad)
     print(f"{len(corpus[0])} 样东西，索引在 {out}")
 
 @app.command()

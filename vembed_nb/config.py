@@ -7,6 +7,7 @@ __all__ = ['CHOICES', 'AT_LEAST', 'KEYS', 'PLANNED', 'TrainConfig', 'check', 'un
            'save_config']
 
 # %% ../nbs/04_config.ipynb #7f9b88b0
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def check(
         if f.type is float and type(value) is int: setattr(config, f.name, value := float(value))
         if type(value) is not f.type: raise VembedError(f"配置 {f.name}={value!r} 的类型不对：要 {f.type.__name__}，这里是 {type(value).__name__}")
         if f.name in CHOICES and value not in CHOICES[f.name]: raise VembedError(f"配置 {f.name}={value!r} 不行。{did_you_mean(value, CHOICES[f.name])}可选 {'、'.join(CHOICES[f.name])}")
+        if f.type is float and not math.isfinite(value): raise VembedError(f"配置 {f.name}={value} 不是一个有限的数")
         if f.name in AT_LEAST and not value >= AT_LEAST[f.name]: raise VembedError(f"配置 {f.name}={value} 太小，至少是 {AT_LEAST[f.name]}")
     if config.warmup_ratio > 1: raise VembedError(f"配置 warmup_ratio={config.warmup_ratio} 太大，要在 0 到 1 之间")
     if config.temperature and not 0.01 <= config.temperature <= 1: raise VembedError(f"配置 temperature={config.temperature} 不行：0 表示用模型自带的，否则要在 0.01 到 1 之间")
@@ -108,6 +110,8 @@ def load_config(
         for k, v in raw.items():
             if k not in KEYS: raise unknown_key(str(k), str(path))
             values[k] = _yaml_number(k, v)
+        try: TrainConfig(**values)
+        except VembedError as e: raise VembedError(f"{path}：{e}") from e
     if isinstance(overrides, dict):
         for k in overrides:
             if k not in KEYS: raise unknown_key(k, "参数")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'VembedError', 'nearest', 'did_you_mean', 'need', 'mode', 'default_device', 'set_seed', 'stable_id',
-           'write_text', 'write_json', 'atomic_dir', 'check_dir', 'claim_dir', 'versions', 'machine', 'progress',
-           'as_jpeg']
+           'atomic_file', 'write_text', 'write_json', 'atomic_dir', 'check_dir', 'claim_dir', 'versions', 'machine',
+           'progress', 'as_jpeg']
 
 # %% ../nbs/00_core.ipynb #78f11e76
 import hashlib
@@ -87,22 +87,29 @@ def stable_id(
     return int.from_bytes(hashlib.blake2b(str(text).encode(), digest_size=8).digest(), "big") >> 1
 
 # %% ../nbs/00_core.ipynb #38b36b04
-def write_text(
+@contextmanager
+def atomic_file(
     path,  # 目标文件
-    text: str,  # 内容，以 UTF-8 写入
-) -> Path:  # 写好的文件
-    "原子地写一个文本文件。"
+):  # 给出一个二进制的文件对象
+    "写到旁边的临时文件，全部成功后才换上去；中途出错时 `path` 原样不动。"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f: f.write(text)
+        with os.fdopen(fd, "wb") as f: yield f
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except BaseException:
         Path(tmp).unlink(missing_ok=True)
         raise
-    return path
+
+def write_text(
+    path,  # 目标文件
+    text: str,  # 内容，以 UTF-8 写入
+) -> Path:  # 写好的文件
+    "原子地写一个文本文件。"
+    with atomic_file(path) as f: f.write(text.encode())
+    return Path(path)
 
 def write_json(
     path,  # 目标文件

@@ -6,9 +6,11 @@
 __all__ = ['Predictor']
 
 # %% ../nbs/60_predict.ipynb #881bd1d2
+import os
+
 import torch
 
-from .data.tasks import Item
+from .data.tasks import Item, as_item
 from .models.base import Encoder
 from .models.load import load_encoder
 from .vectors import cosine
@@ -32,7 +34,9 @@ class Predictor:
     ) -> torch.Tensor:  # [N, dim]；单个输入得到 [dim]
         "编码混合的输入。"
         one = not isinstance(items, (list, tuple))
-        out = self.encoder.encode([items] if one else items, batch_size, dim, self.image_root, role)
+        items = [as_item(i) for i in ([items] if one else items)]
+        if not self.image_root: items = [Item(i.text, os.path.abspath(i.image)) if isinstance(i.image, str) else i for i in items]  # 亲手给的路径，写在哪里都行
+        out = self.encoder.encode(items, batch_size, dim, self.image_root or os.path.abspath(os.sep), role)
         return out[0] if one else out
 
     def encode_text(self,

@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import VembedError, machine, mode, set_seed, versions, write_json, write_text
 from .data.read import read_corpus, read_records
 from .evaluate.report import SHOWN, compare_reports, evaluate_encoder
-from .models.load import load_encoder
+from .models.load import load_encoder, resolve_model
 from .search.searcher import Searcher, build_index
 from .show.curves import curves
 from .show.gallery import gallery
@@ -27,12 +27,19 @@ TRAINING = dict(epochs=2, batch_size=128, learning_rate=1e-3, warmup_ratio=0.05,
 
 class Clock:
     "给每一步计时，并说出正在做什么。"
-    def __init__(self, say=print): self.say, self.seconds, self.last = say, {}, time.perf_counter()
+    def __init__(self,
+        say=print,  # 说话的函数
+    ):
+        self.say, self.seconds = say, {}
+
     def step(self, name, text):
+        "开始一步。"
         self.say(text)
-        self.last = time.perf_counter()
-        self.name = name
-    def done(self): self.seconds[self.name] = round(time.perf_counter() - self.last, 1)
+        self.name, self.last = name, time.perf_counter()
+
+    def done(self):
+        "这一步做完了。"
+        self.seconds[self.name] = round(time.perf_counter() - self.last, 1)
 
 # %% ../nbs/90_quickstart.ipynb #d36155a4
 def quickstart(
@@ -48,6 +55,8 @@ def quickstart(
 ) -> dict:  # report.json 的内容
     "在玩具店上完整地做一遍：数据 → 评测 → 微调 → 评测 → 索引 → 画廊 → 报告。已有结果时直接返回它。"
     out = Path(out)
+    mode()
+    resolve_model(model)
     if (out/"report.json").exists() and not overwrite:
         say(f"{out} 里已经有结果了；重做：vembed quickstart --out {out} --overwrite")
         return json.loads((out/"report.json").read_text(encoding="utf-8"))
@@ -90,7 +99,7 @@ def _make_data(out, clock, overwrite, seed, n_train, n_test, n_queries):
     "写玩具店；种子和大小相同的旧数据直接用。"
     from vembed_nb.core import claim_dir
     data = out/"data"
-    claim_dir(out, overwrite, resume=(data/"toyshop.json").exists(), marks=["data", "report.json", "checkpoint.json"])
+    claim_dir(out, overwrite, resume=not overwrite and (data/"toyshop.json").exists(), marks=["data/toyshop.json"])
     clock.step("data", f"1/6 画玩具店：{n_train} 张训练图，{n_test} 张图库")
     meta = data/"toyshop.json"
     if meta.exists() and json.loads(meta.read_text(encoding="utf-8"))["seed"] != seed: raise VembedError(f"{data} 是另一个种子的数据；加 --overwrite 重来，或换一个 --out")

@@ -38,8 +38,10 @@ def open_image(
     "打开一张图并完整解码。缺失、为空、截断、不是图片、太大，都抛 `VembedError`，消息里有路径和原因。"
     if isinstance(image, Image.Image): return to_rgb(image)
     path = resolve_image(str(image), root)
-    if not path.is_file(): raise VembedError(f"图片 {image} 不存在；检查 --image-root（现在是 {root or '当前文件夹'}）")
-    if path.stat().st_size == 0: raise VembedError(f"图片 {image} 是空文件（0 字节）")
+    try: size = path.stat().st_size if path.is_file() else None
+    except OSError as e: raise VembedError(f"图片 {str(image)[:80]} 打不开：{e.strerror}") from e
+    if size is None: raise VembedError(f"图片 {image} 不存在；检查 --image-root（现在是 {root or '当前文件夹'}）")
+    if size == 0: raise VembedError(f"图片 {image} 是空文件（0 字节）")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -30,8 +30,10 @@ def _jsonl_rows(path):
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             where = f"{Path(path).name} 第 {n} 行"
-            try: row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e: raise VembedError(f"{where} 不是 JSON：{getattr(e, 'msg', e)}（这一行以 {line.strip()[:30]!r} 开头）") from e
+            try:
+                row = json.loads(line)
+                if "\\u" in line: json.dumps(row, ensure_ascii=False).encode()  # 落单的代理码位不能编码成 UTF-8
+            except (ValueError, RecursionError) as e: raise VembedError(f"{where} 不是 JSON：{getattr(e, 'msg', e)}（这一行以 {line.strip()[:30]!r} 开头）") from e
             if not isinstance(row, dict): raise VembedError(f"{where} 要是一个 JSON 对象 {{…}}，这里是 {type(row).__name__}")
             yield where, row
 
@@ -131,6 +133,8 @@ def read_corpus(
     back = {c: f for f, c in (columns or {}).items()}
     for where, row in read_rows(path):
         row = {back.get(k, k): v for k, v in row.items()}
+        for k in ("text", "image"):
+            if not isinstance(row.get(k, ""), (str, type(None))): raise VembedError(f"{where}：{k} 要是文字，这里是 {type(row[k]).__name__}（{str(row[k])[:40]}）")
         item = Item(row.pop("text", None), row.pop("image", None))
         if not item.key: raise VembedError(f"{where}：图库的每一行要有 image 或 text；这一行有 {'、'.join(row) or '（空）'}")
         doc = str(row.pop("id", None) or item.key)

@@ -95,8 +95,8 @@ def _many(row, name, where):
     for key, kind in ((name, ""), (f"{name}s", ""), (f"{name}_text", "text"), (f"{name}_image", "image")):
         value = row.get(key)
         values = value if isinstance(value, (list, tuple)) else [] if value is None or value == "" else [value]
-        bad = next((v for v in values if v is None or isinstance(v, (int, float, bool)) or (isinstance(v, str) and not v.strip())), ...)
-        if bad is not ...: raise VembedError(f"{where}：{key} 里有一个空值或数字（{bad!r}）；每个文档要是一段文字或一个图片路径")
+        bad = next((v for v in values if v is None or isinstance(v, (int, float, bool, list)) or (isinstance(v, str) and not v.strip()) or (isinstance(v, dict) and not isinstance(v.get("text") or v.get("image"), str))), ...)
+        if bad is not ...: raise VembedError(f"{where}：{key} 里有一个空值或不是文字的值（{bad!r}）；每个文档要是一段文字或一个图片路径")
         items += [as_item(v, kind) for v in values]
     ids = row.get(f"{name}_ids", row.get(f"{name}_id"))
     ids = [] if ids in (None, "") else list(ids) if isinstance(ids, (list, tuple)) else [ids]
@@ -114,6 +114,7 @@ def as_record(
     text, image = row.get("query", row.get("query_text")), row.get("query_image")
     if isinstance(text, str) and not text.strip(): text = None
     if text is not None and not isinstance(text, str): raise VembedError(f"{where}：query 要是文字，这里是 {type(text).__name__}（{str(text)[:40]}）")
+    if isinstance(image, (int, float, bool, list, dict)): raise VembedError(f"{where}：query_image 要是图片路径，这里是 {type(image).__name__}（{str(image)[:40]}）")
     if text is None and not image: raise VembedError(f"{where}：没有查询；要有 query（文字）或 query_image（图片路径）")
     positives, positive_ids = _many(row, "positive", where)
     if not positives: raise VembedError(f"{where}：没有正例；要有 positive（一个）或 positives（一列）")

@@ -61,8 +61,15 @@ def evaluate_encoder(
     q = encoder.encode([r.query for r in records], batch_size, image_root=image_root, role="query", desc="编码查询")
     return report_from_vectors(q, d, records, ids, items, name)
 
-def report_from_vectors(q, d, records, ids, items, name="模型") -> EvalReport:
-    "已经有向量时的评测。"
+def report_from_vectors(
+    q,  # [Nq, D] 查询向量，次序与 records 相同
+    d,  # [Nd, D] 图库向量，次序与 ids 相同
+    records,  # Record 的列表
+    ids,  # [Nd] 图库的 id
+    items,  # [Nd] 图库的 Item
+    name: str = "模型",  # 成绩单上的名字
+) -> EvalReport:
+    "已经有向量时的评测；正例不在图库里时抛 `VembedError`。"
     where = {doc: i for i, doc in enumerate(ids)}
     lost = [(r, p) for r in records for p in r.positive_ids if p not in where]
     if lost: raise VembedError(f"{len(lost)} 个正例不在图库里，第一个是 {lost[0][1]!r}（{lost[0][0].where or lost[0][0].query_id}）；检查 id 是否一致")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import VembedError
 from ..data.batch import Inputs
-from .base import Encoder, ModelCard, open_images, quiet_transformers
+from .base import Encoder, ModelCard, open_images
 from ..vectors import Embeddings, normalize
 
 # %% ../../nbs/22_models.dual.ipynb #d1f480f6
@@ -41,9 +41,8 @@ class DualEncoder(Encoder):
 
     def save_model(self, folder):
         "存成 transformers 能直接打开的文件夹。"
-        with quiet_transformers():
-            self.model.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 # %% ../../nbs/22_models.dual.ipynb #eaad91c5
 def preprocess(self,

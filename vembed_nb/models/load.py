@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..core import VembedError, did_you_mean
-from .base import Encoder, ModelCard, quiet_transformers
+from .base import Encoder, ModelCard, quiet
 from ..tiny import TINY, tiny_path
 
 # %% ../../nbs/28_models.load.ipynb #84e2ebd5
@@ -42,7 +42,8 @@ def _checkpoint(path):
     if (path/"config.json").exists(): return path
     state = path/"checkpoint.json"
     if state.exists():
-        best = json.loads(state.read_text(encoding="utf-8"))
+        try: best = json.loads(state.read_text(encoding="utf-8"))
+        except ValueError as e: raise VembedError(f"{state} 不是 JSON（{e}）；直接给里面的一个检查点文件夹") from e
         for name in (best.get("best"), best.get("last")):
             if name and (path/name/"config.json").exists(): return path/name
     raise VembedError(f"{path} 里没有 config.json，也没有训练留下的 checkpoint.json；它不是模型文件夹")
@@ -55,7 +56,7 @@ def load_encoder(
 ) -> Encoder:
     "打开一个编码器。找不到、缺权重、多权重、家族不认得，都抛 `VembedError`。"
     where = resolve_model(str(name))
-    with quiet_transformers():
+    with quiet():
         config = _config(where, name)
         if config.model_type not in FAMILIES: raise VembedError(f"{name} 的 model_type 是 {config.model_type!r}，还不支持；支持 {'、'.join(FAMILIES)}")
         module, cls = FAMILIES[config.model_type]
@@ -74,16 +75,20 @@ def _weights(where, name, config, dtype):
     "读权重；缺失或多余的键是错误。"
     from safetensors import SafetensorError
     from transformers import AutoModel
-    try: model, info = AutoModel.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    try: model, info = AutoModel.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise VembedError(f"模型 {name} 的权重读不出来：{_first_line(e)}{_offline_hint(where)}") from e
+    name_of = lambda k: k[0] if isinstance(k, tuple) else str(k)  # 形状不符的键带着两个形状
     for key, what in (("missing_keys", "缺少"), ("unexpected_keys", "多出"), ("mismatched_keys", "形状不符的")):
-        keys = sorted(k for k in map(str, info.get(key) or []) if not k.endswith("position_ids"))  # 旧版 CLIP 存过这个常量
+        keys = sorted(k for k in map(name_of, info.get(key) or []) if not k.endswith("position_ids"))  # 旧版 CLIP 存过这个常量
         if keys: raise VembedError(f"模型 {name} {what}权重 {len(keys)} 个（例如 {keys[0]}）；这个文件夹不完整或被改过，换一个检查点")
     return model
 
 def _processor(where, name):
     "读分词器和图像处理器。"
     from transformers import AutoProcessor
+    files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    if Path(where).is_dir() and not any((Path(where)/f).exists() for f in files):  # transformers 会悄悄造一个空的分词器
+        raise VembedError(f"模型 {name} 没有 tokenizer 的文件（{'、'.join(files)} 都不在）；这个文件夹不完整，换一个检查点")
     try: return AutoProcessor.from_pretrained(where)
     except (OSError, ValueError, KeyError) as e: raise VembedError(f"模型 {name} 的处理器（tokenizer、image processor）读不出来：{_first_line(e)}") from e
 

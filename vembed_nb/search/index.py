@@ -91,11 +91,13 @@ def save(self,
     folder,  # 文件夹，存在时被整个替换
 ):
     "原子地存成文件夹。"
-    with atomic_dir(folder) as tmp:
-        save_file({"vectors": self.vectors.contiguous()}, tmp/"vectors.safetensors")
-        with open(tmp/"items.jsonl", "w", encoding="utf-8") as f:
-            for i, m in zip(self.ids, self.metas): f.write(json.dumps({"id": i, "meta": m}, ensure_ascii=False) + "\n")
-        write_json(tmp/"manifest.json", {"format": 1, "dim": self.dim, "kind": self.kind, "metric": "cosine", "count": len(self), **self.info})
+    try:
+        with atomic_dir(folder) as tmp:
+            save_file({"vectors": self.vectors.contiguous()}, tmp/"vectors.safetensors")
+            with open(tmp/"items.jsonl", "w", encoding="utf-8") as f:
+                for i, m in zip(self.ids, self.metas): f.write(json.dumps({"id": i, "meta": m}, ensure_ascii=False) + "\n")
+            write_json(tmp/"manifest.json", {"format": 1, "dim": self.dim, "kind": self.kind, "metric": "cosine", "count": len(self), **self.info})
+    except (OSError, SafetensorError) as e: raise VembedError(f"索引 {folder} 写不下去：{getattr(e, 'strerror', None) or e}；旧的索引没有动") from e
 
 def load_index(
     folder,  # `save` 写的文件夹
@@ -108,7 +110,8 @@ def load_index(
         info = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))
         vectors = load_file(folder/"vectors.safetensors")["vectors"]
         rows = [json.loads(line) for line in open(folder/"items.jsonl", encoding="utf-8")]
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as e: raise VembedError(f"索引 {folder} 读不出来（{e}）；重建它") from e
+        info["dim"], info["kind"], info["count"]
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as e: raise VembedError(f"索引 {folder} 读不出来（{type(e).__name__}：{e}）；重建它") from e
     if not len(rows) == len(vectors) == info["count"]: raise VembedError(f"索引 {folder} 不完整：manifest 说 {info['count']} 条，向量 {len(vectors)} 条，id {len(rows)} 条；重建它")
     if encoder is not None and info.get("fingerprint") not in (None, fingerprint(encoder)):
         raise VembedError(f"索引 {folder} 是另一个模型（{info.get('model', '未知')}）编码的，不能用这个模型去查；换模型，或重建索引")

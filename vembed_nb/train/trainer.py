@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from ..config import TrainConfig, load_config
-from ..core import VembedError, claim_dir, progress, set_seed, versions, write_json
-from ..data.check import drop_broken
+from ..core import VembedError, check_dir, claim_dir, progress, set_seed, versions, write_json
+from ..data.check import drop_broken, drop_broken_corpus
 from ..data.read import parse_columns, read_corpus, read_records
 from ..data.sample import NoDuplicateBatches
 from ..evaluate.report import evaluate_encoder
@@ -24,7 +24,7 @@ from ..losses.contrastive import LOSSES
 from ..losses.targets import make_targets
 from ..models.base import Encoder
 from ..models.load import load_encoder
-from .checkpoint import INDEX, interrupt_flag, load_state, read_index, rng_state, save_checkpoint, set_rng_state, update_index
+from .checkpoint import INDEX, explain_writing, interrupt_flag, load_state, read_index, rng_state, save_checkpoint, set_rng_state, update_index
 from .optim import make_optimizer, make_scheduler
 
 # %% ../../nbs/55_train.trainer.ipynb #5837aa26
@@ -60,6 +60,7 @@ def mixed_precision(
     config: TrainConfig,  # mixed_precision
 ) -> str:  # accelerate 认得的 "no"、"bf16"、"fp16"
     "auto：GPU 支持 bf16 就用它，否则不用（CPU 上 bf16 并不更快）。"
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available(): raise VembedError("配置 mixed_precision=fp16 要有 GPU；CPU 上用 no 或 bf16")
     if config.mixed_precision != "auto": return config.mixed_precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
@@ -73,9 +74,9 @@ class Trainer:
         evaluator=None,  # 函数 encoder → {指标: 数}；默认按 val_data_path 造
         **overrides,  # 覆盖配置的键，例如 epochs=5
     ):
-        self.encoder = model if isinstance(model, Encoder) else None
+        self.encoder = self.given = model if isinstance(model, Encoder) else None
         self.config = self._merge(config or TrainConfig(), overrides | ({} if self.encoder else {"model_name_or_path": str(model)}))
-        self.loss, self.evaluator = loss, evaluator
+        self.loss, self.evaluator, self.given_loss = loss, evaluator, loss
         self.history, self.dropped = [], {}
 
     @staticmethod
@@ -93,19 +94,35 @@ def _prepare(self, resume, overwrite):
     root = c.image_root or str(Path(c.data_path).parent)
     val = read_records(c.val_data_path, columns) if c.val_data_path else None
     corpus = read_corpus(c.corpus_path) if c.corpus_path else None
-    claim_dir(c.output_dir, overwrite, resume, marks=[INDEX, "train_config.yaml", "history.json"])
+    check_dir(c.output_dir, overwrite and not resume, resume, [INDEX])
+    mixed_precision(c)
+    if overwrite and not resume: _keep_inputs(c, root)
+    self.history, self.validate = [], self.evaluator
     last = read_index(c.output_dir).get("last") if resume else None
     set_seed(c.seed)
-    if self.encoder is None or last: self.encoder = load_encoder(str(Path(c.output_dir)/last) if last else c.model_name_or_path)
+    if self.given is None or last: self.encoder = load_encoder(str(Path(c.output_dir)/last) if last else c.model_name_or_path)
     records, self.dropped = drop_broken(records, root, c.strict)
     if val is not None:
         val, bad = drop_broken(val, root, c.strict)
         self.dropped |= bad
-        if self.evaluator is None: self.evaluator = lambda enc: evaluate_encoder(enc, val, corpus, root, name="验证")
-    self.loss = self.loss or make_loss(c, self.encoder)
+        if corpus:
+            corpus, bad = drop_broken_corpus(corpus, root, c.strict)
+            self.dropped |= bad
+            have = set(corpus[0])
+            lost = next(((r, p) for r in val for p in r.positive_ids if p not in have), None)
+            if lost: raise VembedError(f"{lost[0].where} 的正例 {lost[1]!r} 不在图库里（{c.corpus_path}）；检查 id 是否一致")
+        if self.evaluator is None: self.validate = lambda enc: evaluate_encoder(enc, val, corpus, root, name="验证")
+    self.loss = self.given_loss or make_loss(c, self.encoder)
     self.sampler = NoDuplicateBatches(records, c.batch_size, c.seed)
     if hasattr(self.encoder, "cache_pixels"): self.encoder.cache_pixels(c.image_cache_mb if not c.num_workers else 0)
+    claim_dir(c.output_dir, overwrite, resume, marks=[INDEX])  # 会删东西的一步放在最后：前面任何一步出错，旧的结果都还在
     return records, root, last
+
+def _keep_inputs(c, root):
+    "数据、图片或起点模型在要清空的文件夹里时拒绝。"
+    out = Path(c.output_dir).resolve()
+    for key, p in (("data_path", c.data_path), ("val_data_path", c.val_data_path), ("corpus_path", c.corpus_path), ("image_root", root), ("model_name_or_path", c.model_name_or_path)):
+        if p and Path(p).exists() and Path(p).resolve().is_relative_to(out): raise VembedError(f"--overwrite 要清空 {c.output_dir}，而 {key}={p} 就在里面；换一个 --out")
 
 Trainer._prepare = _prepare
 
@@ -119,7 +136,8 @@ def train(self,
     "训练。每一轮存一个检查点；Ctrl-C 时先存再停（抛 KeyboardInterrupt）。"
     self.config = self._merge(self.config, overrides | ({"data_path": str(data_path)} if data_path else {}))
     records, root, last = self._prepare(resume, overwrite)
-    loader = torch.utils.data.DataLoader(_Pairs(), batch_sampler=self.sampler, collate_fn=Collate(records, self.encoder.preprocess, root), num_workers=self.config.num_workers)
+    loader = torch.utils.data.DataLoader(_Pairs(), batch_sampler=self.sampler, collate_fn=Collate(records, self.encoder.preprocess, root), num_workers=self.config.num_workers,
+                                         generator=torch.Generator())  # 不给的话，每次开始遍历都会动用全局的随机数，续训就对不上了
     self._setup(last)
     start = time.perf_counter()
     with interrupt_flag() as flag, progress(total=self.total, desc="训练", initial=self.step) as bar:
@@ -129,7 +147,9 @@ def train(self,
             for q, d, targets in loader:
                 self.step += 1; self.batch += 1
                 update = self.batch % self.config.gradient_accumulation_steps == 0 or self.batch == n or self.step == self.total
-                logs = self._step(q, d, targets, update)
+                first = (self.batch - 1) // self.config.gradient_accumulation_steps * self.config.gradient_accumulation_steps
+                window = min(self.config.gradient_accumulation_steps, n - first, self.total - (self.step - self.batch + first))  # 最后一个窗口可能不满
+                logs = self._step(q, d, targets, update, window)
                 bar.update(1); bar.set_postfix(loss=f"{logs['loss']:.3f}")
                 self._log(logs, start)
                 if flag["set"] and update: self._interrupted()
@@ -149,6 +169,8 @@ Trainer.train = train
 def _setup(self, last):
     "accelerate、优化器、学习率；续训时恢复全部状态。"
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()  # 不然同一个进程里第二次训练不能换精度
     c = self.config
     epochs = [(self.sampler.set_epoch(e), len(self.sampler))[1] for e in range(c.epochs)]
     self.total = min(sum(epochs), c.max_steps or sum(epochs))
@@ -164,12 +186,12 @@ def _setup(self, last):
         self.step, self.epoch, self.batch, self.history = state["step"], state["epoch"], state["batch"], json.loads(state["history"])
         set_rng_state(state["rng"])
 
-def _step(self, q, d, targets, update):
+def _step(self, q, d, targets, update, window):
     "一步：前向、反向；攒够了（update）就裁剪、更新、限制温度。"
     c, acc = self.config, self.accelerator
     with acc.autocast(): eq, ed = self.encoder(q.to(acc.device)), self.encoder(d.to(acc.device))
     loss = self.loss(eq, ed, targets.to(acc.device))
-    acc.backward(loss / c.gradient_accumulation_steps)
+    acc.backward(loss / window)
     norm = None
     if update:
         norm = float(acc.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], c.max_grad_norm or float("inf")))
@@ -192,14 +214,15 @@ def _save(self, name, epoch, score=None):
     state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "loss": self.loss.state_dict(), "rng": rng_state(),
              "step": self.step, "epoch": epoch, "batch": self.batch, "history": json.dumps(self.history)}
     save_checkpoint(self.config.output_dir, name, self.encoder, state, self.config)
-    write_json(Path(self.config.output_dir)/"history.json", {"history": self.history, "config": asdict(self.config), "versions": versions(), "dropped_images": self.dropped})
-    return update_index(self.config.output_dir, name, score, self.config.save_total_limit)
+    with explain_writing(self.config.output_dir, name):
+        write_json(Path(self.config.output_dir)/"history.json", {"history": self.history, "config": asdict(self.config), "versions": versions(), "dropped_images": self.dropped})
+        return update_index(self.config.output_dir, name, score, self.config.save_total_limit)
 
 def _end_epoch(self):
     "一轮结束：验证，存盘。"
     score = None
-    if self.evaluator:
-        report = self.evaluator(self.encoder)
+    if self.validate:
+        report = self.validate(self.encoder)
         values = getattr(report, "metrics", report)
         score = values.get("ndcg@10")
         self.history.append({"step": self.step, "epoch": self.epoch, **{f"val_{k}": v for k, v in values.items()}, **{f"val_{k}": v for k, v in getattr(report, "health", {}).items()}})

@@ -1,0 +1,281 @@
+"""TrainConfig 的每一个键都真的起作用（REFERENCES R7）：一个键一个测试，漏掉一个就失败。"""
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import ROOT, write_jsonl
+
+from vembed_nb.config import CHOICES, TrainConfig
+from vembed_nb.core import VembedError
+from vembed_nb.train.trainer import Trainer
+
+TESTED = {}  # 键 → 测试
+
+
+def covers(key):
+    "登记一个测试管哪个键。"
+    def mark(fn):
+        assert key not in TESTED, key
+        TESTED[key] = fn.__name__
+        return fn
+
+    return mark
+
+
+@pytest.fixture
+def fit(tmp_path, micro, shop):
+    "跑一次很短的训练（默认 24 条、每批 8 条、一轮，共 3 步），返回 Trainer。"
+    def run(name="out", **kw):
+        kw = {"model_name_or_path": micro, "data_path": str(shop / "train.jsonl"), "output_dir": str(tmp_path / name), "epochs": 1, "batch_size": 8, "logging_steps": 1, "learning_rate": 1e-2, **kw}
+        trainer = Trainer(kw["model_name_or_path"], TrainConfig(**kw))
+        trainer.train()
+        trainer.out = tmp_path / name
+        return trainer
+
+    return run
+
+
+def losses(t): return [h["loss"] for h in t.history if "loss" in h]
+def rates(t): return [h["lr"] for h in t.history if "lr" in h]
+def temperatures(t): return [h["temperature"] for h in t.history if "temperature" in h]
+def weights(t): return {k: v.clone() for k, v in t.encoder.model.state_dict().items()}
+def moved(a, b): return {k for k in a if not torch.equal(a[k], b[k])}
+def checkpoints(t): return sorted(p.name for p in t.out.glob("checkpoint-*") if p.is_dir())
+def vals(t): return [h for h in t.history if "val_hit@1" in h]
+
+
+@covers("model_name_or_path")
+def test_model_name_or_path(fit, tmp_path):
+    from conftest import build_micro
+
+    other = str(build_micro(tmp_path / "other", seed=9))
+    assert losses(fit("a")) != losses(fit("b", model_name_or_path=other))
+    with pytest.raises(VembedError, match="tiny-clip"): fit("c", model_name_or_path="tiny-clap")
+
+
+@covers("data_path")
+def test_data_path(fit, shop):
+    assert fit("a").step == 3
+    assert fit("b", data_path=str(shop / "val.jsonl"), image_root=str(shop), batch_size=2).step == 3
+    with pytest.raises(VembedError, match="nowhere.jsonl"): fit("c", data_path="nowhere.jsonl")
+    with pytest.raises(VembedError, match="data_path"): fit("d", data_path="")
+
+
+@covers("val_data_path")
+def test_val_data_path(fit, shop):
+    assert not vals(fit("a"))
+    t = fit("b", val_data_path=str(shop / "val.jsonl"), epochs=2)
+    assert len(vals(t)) == 2 and {"val_ndcg@10", "val_mean_cosine", "val_effective_rank"} <= set(vals(t)[0])
+    index = json.loads((t.out / "checkpoint.json").read_text())
+    assert index["best"] == max(index["scores"], key=index["scores"].get) and len(index["scores"]) == 2
+
+
+@covers("corpus_path")
+def test_corpus_path(fit, shop, tmp_path):
+    "6 个验证查询：图库只有 6 张时名次不会超过 6，30 张时一个随机模型做不到。"
+    a, b = (fit(n, val_data_path=str(shop / "val.jsonl"), learning_rate=0, **kw) for n, kw in (("a", {}), ("b", {"corpus_path": str(shop / "corpus.jsonl")})))
+    assert vals(a)[0]["val_mean_rank"] <= 6 < vals(b)[0]["val_mean_rank"]
+
+
+@covers("image_root")
+def test_image_root(fit, shop, tmp_path):
+    moved_away = tmp_path / "elsewhere" / "train.jsonl"
+    moved_away.parent.mkdir()
+    moved_away.write_bytes((shop / "train.jsonl").read_bytes())
+    assert losses(fit("a", data_path=str(moved_away), image_root=str(shop))) == losses(fit("b"))
+    with pytest.raises(VembedError, match="images/"): fit("c", data_path=str(moved_away))
+
+
+@covers("columns")
+def test_columns(fit, shop):
+    rows = [json.loads(line) for line in open(shop / "train.jsonl", encoding="utf-8")]
+    table = shop / "own.csv"
+    table.write_text("标题,图,价格\n" + "".join(f"{r['query']},{r['positive']},9\n" for r in rows), encoding="utf-8")
+    assert losses(fit("a", data_path=str(table), columns="query=标题,positive=图")) == losses(fit("b"))
+    with pytest.raises(VembedError, match="own.csv 第 2 行"): fit("c", data_path=str(table))
+    with pytest.raises(VembedError, match="没有列"): fit("d", data_path=str(table), columns="query=名字,positive=图片")
+
+
+@covers("output_dir")
+def test_output_dir(fit, tmp_path):
+    t = fit("here/and/there")
+    assert (tmp_path / "here/and/there/checkpoint-epoch-1/model.safetensors").exists() and t.config.output_dir.endswith("there")
+
+
+@covers("epochs")
+def test_epochs(fit):
+    t = fit(epochs=3)
+    assert t.step == 9 and checkpoints(t) == [f"checkpoint-epoch-{i}" for i in (1, 2, 3)] and {h["epoch"] for h in t.history} == {0, 1, 2}
+
+
+@covers("max_steps")
+def test_max_steps(fit):
+    t = fit(max_steps=4, epochs=3)
+    assert t.step == 4 and len(checkpoints(t)) == 2 and rates(t)[-1] == pytest.approx(0, abs=1e-9), "学习率要按 max_steps 退火到 0"
+    assert fit("b", max_steps=100).step == 3
+
+
+@covers("batch_size")
+def test_batch_size(fit):
+    assert [fit(str(b), batch_size=b).step for b in (2, 8, 12, 24)] == [12, 3, 2, 1]
+    with pytest.raises(VembedError, match="最大 batch_size 是 24"): fit("x", batch_size=25)
+
+
+@covers("gradient_accumulation_steps")
+def test_gradient_accumulation_steps(fit):
+    t = fit(gradient_accumulation_steps=3)
+    assert [h["grad_norm"] is not None for h in t.history] == [False, False, True]
+    assert moved(weights(t), weights(fit("b")))
+
+
+@covers("learning_rate")
+def test_learning_rate(fit, micro):
+    from vembed_nb.models.load import load_encoder
+
+    start, zero, one = load_encoder(micro).model.state_dict(), weights(fit("a", learning_rate=0, learn_temperature=False)), weights(fit("b", learning_rate=1e-3))
+    assert moved(start, zero) <= {"logit_scale"} and len(moved(start, one)) > 10
+    assert max(rates(fit("c", learning_rate=0.5, scheduler_type="constant"))) == 0.5
+
+
+@covers("weight_decay")
+def test_weight_decay(fit):
+    a, b = (weights(fit(str(w), weight_decay=w, max_steps=1, scheduler_type="constant", warmup_ratio=0)) for w in (0.0, 0.5))
+    changed = moved(a, b)
+    assert changed and all(a[k].ndim >= 2 for k in changed), "偏置、归一化层和温度不衰减"
+
+
+@covers("max_grad_norm")
+def test_max_grad_norm(fit):
+    none, huge, small = (fit(str(g), max_grad_norm=g) for g in (0.0, 1e9, 1e-7))
+    assert not moved(weights(none), weights(huge)) and moved(weights(none), weights(small))
+    assert none.history[0]["grad_norm"] == small.history[0]["grad_norm"] > 1e-7, "记录的是裁剪之前的范数"
+
+
+@covers("scheduler_type")
+def test_scheduler_type(fit):
+    seen = {s: rates(fit(s, scheduler_type=s, epochs=4, warmup_ratio=0.25)) for s in CHOICES["scheduler_type"]}
+    assert len({tuple(v) for v in seen.values()}) == 4
+    assert set(seen["constant"]) == {1e-2} and seen["cosine"][-1] < 1e-9 and seen["linear"][-1] < 1e-9
+    assert seen["constant_with_warmup"][0] < seen["constant_with_warmup"][-1] == 1e-2
+
+
+@covers("warmup_ratio")
+def test_warmup_ratio(fit):
+    peak = {w: rates(fit(str(w), warmup_ratio=w, epochs=4)).index(max(rates(fit(f"{w}b", warmup_ratio=w, epochs=4)))) for w in (0.25, 0.75)}
+    assert peak == {0.25: 2, 0.75: 8}, "12 步里预热 3 步和 9 步"
+
+
+@covers("loss_type")
+def test_loss_type(fit):
+    auto, nce, sig = (fit(k, loss_type=k) for k in ("auto", "infonce", "sigmoid"))
+    assert losses(auto) == losses(nce) != losses(sig)
+    assert "bias" in sig.history[0] and "bias" not in nce.history[0]
+
+
+@covers("temperature")
+def test_temperature(fit):
+    assert temperatures(fit("a", temperature=0.5))[0] == pytest.approx(0.5)
+    assert temperatures(fit("b"))[0] == pytest.approx(0.0693, abs=1e-3), "0 表示用模型自带的（CLIP 的初值 exp(-2.6592)）"
+
+
+@covers("learn_temperature")
+def test_learn_temperature(fit):
+    assert len(set(temperatures(fit("a", learn_temperature=False, epochs=2)))) == 1
+    assert len(set(temperatures(fit("b", learn_temperature=True, epochs=2)))) > 1
+
+
+@covers("mixed_precision")
+def test_mixed_precision(fit):
+    "同一个进程里可以换精度；bf16 的损失与 fp32 相近而不相等；CPU 上的 fp16 说清楚为什么不行。"
+    runs, used = {}, {}
+    for p in ("no", "bf16", "auto"):
+        runs[p] = fit(p, mixed_precision=p)
+        used[p] = runs[p].accelerator.mixed_precision  # accelerate 的状态是全局的，要当场看
+    assert (used["no"], used["bf16"]) == ("no", "bf16")
+    assert losses(runs["bf16"]) != losses(runs["no"]) and losses(runs["bf16"]) == pytest.approx(losses(runs["no"]), rel=0.05)
+    if not torch.cuda.is_available():
+        assert losses(runs["auto"]) == losses(runs["no"])
+        with pytest.raises(VembedError, match="fp16"): fit("x", mixed_precision="fp16")
+
+
+@covers("seed")
+def test_seed(fit):
+    a, b, c = fit("a", seed=1), fit("b", seed=1), fit("c", seed=2)
+    assert losses(a) == losses(b) != losses(c) and not moved(weights(a), weights(b))
+
+
+@covers("logging_steps")
+def test_logging_steps(fit):
+    steps = lambda **kw: [h["step"] for h in fit(str(kw), epochs=3, **kw).history]
+    assert steps(logging_steps=1) == list(range(1, 10)) and steps(logging_steps=4) == [1, 4, 8]
+    assert json.loads((fit("d").out / "history.json").read_text())["history"]
+
+
+@covers("num_workers")
+def test_num_workers(fit, monkeypatch):
+    made, real = [], torch.utils.data.DataLoader.__init__
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", lambda self, *a, **kw: made.append(kw["num_workers"]) or real(self, *a, **kw))
+    assert losses(fit("a", num_workers=2)) == losses(fit("b", num_workers=0))
+    assert made == [2, 0]
+
+
+@covers("image_cache_mb")
+def test_image_cache_mb(fit, monkeypatch):
+    import vembed_nb.models.base as base
+    import vembed_nb.models.dual as dual
+
+    opened, real = [], base.open_image
+    monkeypatch.setattr(base, "open_image", lambda p, root="", *a, **k: opened.append(p) or real(p, root, *a, **k))
+    count = lambda **kw: (opened.clear(), fit(str(kw), epochs=2, **kw), len(opened))[2]
+    assert count(image_cache_mb=0) == 48 and count(image_cache_mb=64) == 24
+    assert dual.DualEncoder.cache == {}, "缓存不能挂在类上"
+
+
+@covers("save_total_limit")
+def test_save_total_limit(fit, shop):
+    assert checkpoints(fit("a", epochs=4, save_total_limit=1)) == ["checkpoint-epoch-4"]
+    t = fit("b", epochs=4, save_total_limit=1, val_data_path=str(shop / "val.jsonl"))
+    best = json.loads((t.out / "checkpoint.json").read_text())["best"]
+    assert set(checkpoints(t)) == {"checkpoint-epoch-4", best}
+    assert len(checkpoints(fit("c", epochs=4))) == 4
+
+
+@covers("strict")
+def test_strict(fit, shop, tmp_path):
+    rows = [json.loads(line) for line in open(shop / "train.jsonl", encoding="utf-8")]
+    bad = write_jsonl(tmp_path / "bad.jsonl", rows + [{"query": "没有的图", "positive": "images/missing.png"}])
+    t = fit("a", data_path=str(bad), image_root=str(shop))
+    assert t.step == 3 and list(t.dropped) == ["images/missing.png"]
+    assert json.loads((t.out / "history.json").read_text())["dropped_images"] == t.dropped
+    with pytest.raises(VembedError, match="images/missing.png"): fit("b", data_path=str(bad), image_root=str(shop), strict=True)
+
+
+def test_every_key_is_tested():
+    assert set(TESTED) == {f.name for f in fields(TrainConfig)}
+    assert all(callable(globals()[name]) for name in TESTED.values())
+
+
+def test_effective_config_is_saved(fit):
+    "生效的配置和检查点存在一起，读回来相同。"
+    from vembed_nb.config import load_config
+
+    t = fit(learning_rate=3e-4, columns="")
+    assert load_config(t.out / "checkpoint-epoch-1" / "train_config.yaml") == t.config
+
+
+def test_order_of_precedence(tmp_path):
+    "默认值 < YAML < 命令行。"
+    from vembed_nb.config import load_config
+
+    path = tmp_path / "c.yaml"
+    path.write_text("epochs: 7\nlearning_rate: 1e-5\n", encoding="utf-8")
+    c = load_config(path, ["epochs=9"])
+    assert (c.epochs, c.learning_rate, c.batch_size) == (9, 1e-5, 64)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_load(path):
+    from vembed_nb.config import load_config
+
+    load_config(path)
