@@ -7,9 +7,11 @@ __all__ = ['FAMILY', 'EXTRA_SYMBOLS', 'CJK_MARKS', 'font_path', 'pil_font', 'cov
            'system_fonts', 'find_font', 'font_for', 'use_chinese_font', 'make_subset']
 
 # %% ../nbs/01_fonts.ipynb #d65ea513
-import functools, warnings
+import functools
+import warnings
 from importlib import resources
 from pathlib import Path
+
 from .core import VembedError
 
 # %% ../nbs/01_fonts.ipynb #1f4a3022
@@ -27,18 +29,25 @@ def _truetype(path, size):
     from PIL import ImageFont
     return ImageFont.truetype(str(path), size)
 
-def pil_font(size=16):  # 字号，像素
+def pil_font(
+    size: int = 16,  # 字号，像素，≥ 1
+) -> object:  # PIL.ImageFont.FreeTypeFont，可以交给 ImageDraw.text 的字体
     "PIL 用的中文字体；同一个字号只装载一次"
     return _truetype(font_path(), size)
 
 # %% ../nbs/01_fonts.ipynb #ff9bc77f
 @functools.lru_cache(64)
-def covered(path=None) -> frozenset:  # 码位的集合；path 为 None 时查随包字体
+def covered(
+    path=None,  # 字体文件（.otf、.ttf、.ttc）；None 查随包字体
+) -> frozenset:  # Unicode 码位（整数）的集合
     "一个字体文件认识的全部字符（.ttc 取第一个字体）"
     from fontTools.ttLib import TTFont
     with TTFont(str(path or font_path()), fontNumber=0, lazy=True) as f: return frozenset(f.getBestCmap() or {})
 
-def uncovered(text, path=None) -> str:  # 不重复，按出现的先后
+def uncovered(
+    text: str,  # 要写的文字
+    path=None,  # 字体文件；None 查随包字体
+) -> str:  # 缺的字，不重复，按出现的先后
     "`text` 里字体没有的字符；换行和制表符不算"
     known = covered(path)
     return "".join(dict.fromkeys(c for c in text if ord(c) not in known and c not in "\n\r\t"))
@@ -47,12 +56,17 @@ def uncovered(text, path=None) -> str:  # 不重复，按出现的先后
 EXTRA_SYMBOLS = ("，。、；：？！“”‘’（）《》【】〈〉「」『』〔〕—…·～￥¥€£°×÷±≤≥≠≈∞√∑∏∈−→←↑↓↔⇒✓✗★☆●○■□▲△▼▽◆◇※№℃‰①②③④⑤⑥⑦⑧⑨⑩"
                  "αβγδεθλμπρστφωΔΣΩ©®™§¶†•′″½¼¾²³│─┌┐└┘├┤┬┴┼々〇")
 
-def gb2312(first=16, last=87):
+def gb2312(
+    first: int = 16,  # 第一个区，16 到 87
+    last: int = 87,  # 最后一个区（含），16 到 87
+) -> str:  # 这些区的汉字，按区位排列
     "GB2312 的汉字，按区号取：16–55 区是一级（3,755 个常用字），56–87 区是二级（3,008 个）"
     pairs = ((r + 0xA0, c) for r in range(first, last + 1) for c in range(0xA1, 0xFF) if (r, c) < (55, 0xFA) or r > 55)
     return bytes(b for p in pairs for b in p).decode("gb2312")
 
-def subset_chars(extra=""):
+def subset_chars(
+    extra: str = "",  # 另外要的字
+) -> str:  # 不重复，按码位排列
     "子集里的字符：GB2312 全部汉字、ASCII、拉丁扩展、标点、符号、全角字符"
     blocks = (0x20, 0x7F), (0xA0, 0x100), (0x3000, 0x3018), (0xFF01, 0xFF5F)
     ranges = "".join(chr(c) for a, b in blocks for c in range(a, b))
@@ -69,8 +83,11 @@ def system_fonts() -> tuple:  # 字体文件路径，名字像中文字体的在
     paths = {f.fname for f in font_manager.fontManager.ttflist} - {str(font_path())}
     return tuple(sorted(paths, key=lambda p: (not any(m in Path(p).name.lower() for m in CJK_MARKS), p)))
 
-def find_font(text, paths=None):  # 字体文件；默认是全部系统字体
-    "第一个认识 `text` 每个字的字体的路径；没有就是 None"
+def find_font(
+    text: str,  # 要画的文字
+    paths=None,  # 备选的字体文件，按顺序试；None 是全部系统字体
+) -> str | None:  # 字体文件的路径；没有就是 None
+    "第一个认识 `text` 每个字的字体；坏的字体文件跳过"
     for path in system_fonts() if paths is None else paths:
         try:
             if not uncovered(text, path): return path
@@ -78,7 +95,11 @@ def find_font(text, paths=None):  # 字体文件；默认是全部系统字体
     return None
 
 # %% ../nbs/01_fonts.ipynb #cb8354e9
-def font_for(text, size=16, paths=None):  # 要画的文字，字号（像素），备选的字体文件（默认是系统字体）
+def font_for(
+    text: str,  # 要画的文字
+    size: int = 16,  # 字号，像素，≥ 1
+    paths=None,  # 备选的字体文件，按顺序试；None 是全部系统字体
+) -> object:  # PIL.ImageFont.FreeTypeFont，可以交给 ImageDraw.text 的字体
     "画这句话的 PIL 字体：随包字体 → 认识它的系统字体 → 随包字体，并警告一句"
     missing = uncovered(text)
     if not missing: return pil_font(size)
@@ -102,11 +123,12 @@ def use_chinese_font() -> list:  # 生效的字体名列表
     return list(matplotlib.rcParams["font.family"])
 
 # %% ../nbs/01_fonts.ipynb #de886758
-def make_subset(src,  # NotoSansCJK-Regular.ttc
-                out,  # 写到这个 .otf
-                number=2,  # .ttc 里的第几个字体；2 是简体中文
-                extra="",  # 另外要的字
-                ) -> Path:  # 写好的文件
+def make_subset(
+    src,  # 完整的字体文件，例如 NotoSansCJK-Regular.ttc
+    out,  # 写到这个 .otf
+    number: int = 2,  # .ttc 里的第几个字体，从 0 数；2 是简体中文
+    extra: str = "",  # 另外要的字
+) -> Path:  # 写好的文件
     "从完整的 Noto 字体做出随包的子集（约 10 秒），家族名改为 `FAMILY`"
     from fontTools import subset
     opts = subset.Options(hinting=False, desubroutinize=True, layout_features=["kern", "ccmp"], notdef_outline=True,

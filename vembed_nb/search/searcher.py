@@ -26,8 +26,8 @@ class Hits:
     query: Item  # 查询
     ids: list  # [k] 文档 id
     scores: list  # [k] 余弦
-    metas: list  # [k] 元数据；image 或 text 说的是文档本身
-    image_root: str = ""  # 图片根目录
+    metas: list = field(repr=False)  # [k] 元数据；image 或 text 说的是文档本身
+    image_root: str = field(default="", repr=False)  # 图片根目录
 
     def __len__(self): return len(self.ids)
 
