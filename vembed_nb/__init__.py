@@ -21,6 +21,8 @@ _ROOMS = {
     "write_toyshop": "toyshop", "VembedError": "core",
 }
 
+__all__ = sorted(_ROOMS)
+
 def __getattr__(name):
     "第一次用到某个名字时装载它的房间。"
     if name in _ROOMS: return getattr(importlib.import_module(f"vembed_nb.{_ROOMS[name]}"), name)

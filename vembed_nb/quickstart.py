@@ -47,7 +47,7 @@ def quickstart(
     seed: int = 42,  # 数据和训练的种子
     model: str = "tiny-clip",  # 从哪个模型起步
     overwrite: bool = False,  # 已经有结果时重做
-    n_train: int = 4000,  # 训练图片数
+    n_train: int = 3000,  # 训练图片数
     n_test: int = 1000,  # 图库大小
     n_queries: int = 600,  # 测试查询数
     say=print,  # 说话的函数

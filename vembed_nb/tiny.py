@@ -7,6 +7,7 @@ __all__ = ['TINY', 'tiny_path', 'tiny_facts']
 
 # %% ../nbs/08_tiny.ipynb #5ad59edb
 import json
+from importlib.resources import files
 from pathlib import Path
 
 from .core import VembedError, did_you_mean
@@ -22,7 +23,7 @@ def tiny_path(
 ) -> Path:  # 标准的 Hugging Face 模型文件夹
     "随包小模型的文件夹。"
     if name not in TINY: raise VembedError(f"没有小模型 {name!r}。{did_you_mean(name, TINY)}有 {'、'.join(TINY)}")
-    return Path(__file__).parent/"_data"/"tiny"/name
+    return Path(str(files("vembed_nb")))/"_data"/"tiny"/name
 
 def tiny_facts(
     name: str,  # `TINY` 的键
