@@ -14,10 +14,10 @@ import json
 import os
 import random
 from collections import defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from loky import ProcessPoolExecutor
 
 from .core import VembedError, claim_dir, progress, write_json
 from .toydraw import BACKGROUNDS, COLOURS, KINDS, MATERIALS, PATTERNS, Product, draw
@@ -326,7 +326,7 @@ def draw_all(
     if workers == 1:
         for job in jobs: bar.update(_draw_chunk(job))
     else:
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, timeout=30) as pool:
             for n in _windowed(pool, _draw_chunk, jobs, 4 * workers): bar.update(n)
     bar.close()
 
