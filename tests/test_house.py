@@ -240,3 +240,12 @@ def test_constraints_cover_requirements():
     for text in cfg["DEFAULT"]["requirements"].split():
         r = Requirement(text)
         assert norm(r.name) in pinned and r.specifier.contains(pinned[norm(r.name)]), f"{r} 与 constraints.txt 的 {pinned.get(norm(r.name))}"
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "tutorials_zh").glob("*.ipynb")]) + [ROOT / n for n in ("README.md", "STYLE.md", "CONTRIBUTING.md", "CHANGELOG.md")], ids=lambda p: p.stem)
+def test_chinese_typography(path):
+    "中文与拉丁字母之间空一格，标点用全角：autocorrect 不该有要改的。"
+    autocorrect = pytest.importorskip("autocorrect_py")
+    texts = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    wrong = [(a, b) for t in texts for a, b in zip(t.splitlines(), autocorrect.format_for(t, "markdown").splitlines()) if a != b]
+    assert not wrong, f"{path.name}：{wrong[:3]}"
