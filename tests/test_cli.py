@@ -312,7 +312,7 @@ BAD_CONFIG = {  # 名字 → (命令行的参数或 YAML 的内容, 消息里要
     "unknown key in yaml": ("lerning_rate: 1e-3\n", ["c.yaml", "lerning_rate", "learning_rate"]),
     "unknown key nothing near": (["zzzzz=1"], ["zzzzz", "--help"]),
     "planned key": (["use_lora=true"], ["use_lora", "LoRA"]),
-    "planned key in yaml": ("use_mrl: true\n", ["c.yaml", "use_mrl"]),
+    "planned key in yaml": ("report_to: wandb\n", ["c.yaml", "report_to"]),
     "int is a word": (["epochs=three"], ["epochs", "int"]),
     "int is a float": (["batch_size=16.5"], ["batch_size", "int"]),
     "float is a word": (["learning_rate=fast"], ["learning_rate", "float"]),

@@ -185,6 +185,53 @@ def test_learn_temperature(fit):
     assert len(set(temperatures(fit("b", learn_temperature=True, epochs=2)))) > 1
 
 
+@covers("use_gradient_cache")
+def test_use_gradient_cache(fit, monkeypatch):
+    "开着而一批超过一块：走 GradCache，损失与普通的一步相同到舍入；关掉，或一块就够：不走。"
+    import vembed_nb.train.trainer as room
+
+    steps, real = [], room.GradCache.step
+    monkeypatch.setattr(room.GradCache, "step", lambda self, *a, **kw: steps.append(self.chunk_size) or real(self, *a, **kw))
+    count = lambda **kw: (steps.clear(), fit(str(kw), **kw), len(steps))[1:]
+    (cached, n), (plain, none), (_, enough) = count(gradient_cache_chunk_size=3), count(gradient_cache_chunk_size=3, use_gradient_cache=False), count()
+    assert (n, none, enough) == (3, 0, 0)
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@covers("gradient_cache_chunk_size")
+def test_gradient_cache_chunk_size(fit, monkeypatch):
+    "编码器一次看到的样本不超过一块。"
+    import vembed_nb.models.dual as dual
+
+    sizes, real = [], dual.DualEncoder.forward
+    monkeypatch.setattr(dual.DualEncoder, "forward", lambda self, x: sizes.append(len(x)) or real(self, x))
+    for chunk in (8, 3): assert (sizes.clear(), fit(str(chunk), gradient_cache_chunk_size=chunk), max(sizes))[2] == chunk
+    with pytest.raises(VembedError, match="gradient_cache_chunk_size"): fit("x", gradient_cache_chunk_size=0)
+
+
+@covers("use_mrl")
+def test_use_mrl(fit):
+    "各个长度的损失都记下，短的截得更好。"
+    t = fit("a", use_mrl=True)
+    assert {"loss@16", "loss@8"} <= set(t.history[0]) and not [k for k in fit("b").history[0] if k.startswith("loss@")]
+    assert t.encoder.get_scale()["temperature"] == pytest.approx(float(torch.exp(-t.loss.loss.logit_scale)), rel=1e-5)
+
+
+@covers("mrl_dims")
+def test_mrl_dims(fit):
+    assert {k for k in fit("a", use_mrl=True, mrl_dims="12,4").history[0] if k.startswith("loss@")} == {"loss@12", "loss@4"}
+    for bad, word in (("99", "16"), ("8,8", "重复"), ("a", "逗号")):
+        with pytest.raises(VembedError, match=word): fit("x" + bad, use_mrl=True, mrl_dims=bad)
+
+
+@covers("mrl_weights")
+def test_mrl_weights(fit):
+    run = lambda **kw: fit(str(kw), use_mrl=True, mrl_dims="16,4", **kw).history[0]
+    one, two = run(), run(mrl_weights="1,0.5")
+    assert one["loss"] == pytest.approx(one["loss@16"] + one["loss@4"], rel=1e-5) and two["loss"] == pytest.approx(two["loss@16"] + .5 * two["loss@4"], rel=1e-5)
+    with pytest.raises(VembedError, match="weights"): fit("x", use_mrl=True, mrl_dims="16,4", mrl_weights="1")
+
+
 @covers("mixed_precision")
 def test_mixed_precision(fit):
     "同一个进程里可以换精度；bf16 的损失与 fp32 相近而不相等；CPU 上的 fp16 说清楚为什么不行。"

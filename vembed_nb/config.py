@@ -38,6 +38,11 @@ class TrainConfig:
     loss_type: str = "auto"  # auto、infonce、sigmoid；auto 按模型选
     temperature: float = 0.0  # 初始温度；0 表示用模型自带的
     learn_temperature: bool = True  # 温度是否随训练学习
+    use_gradient_cache: bool = True  # 一批超过一块时用 GradCache：梯度与整批相同，显存由一块决定
+    gradient_cache_chunk_size: int = 256  # GradCache 一块几个样本，≥ 1；显存不够就调小
+    use_mrl: bool = False  # 用 Matryoshka 训练，之后可以截短
+    mrl_dims: str = ""  # Matryoshka 的各个长度，例如 512,256,128；空着就从向量的维数起逐次减半，取四个
+    mrl_weights: str = ""  # 各个长度的权重，与 mrl_dims 同序；空着就都是 1
     mixed_precision: str = "auto"  # auto、no、bf16、fp16
     seed: int = 42  # 随机种子
     logging_steps: int = 10  # 每几步记一次
@@ -50,7 +55,7 @@ class TrainConfig:
 
 # %% ../nbs/04_config.ipynb #65b77bdb
 CHOICES = dict(scheduler_type=("cosine", "linear", "constant", "constant_with_warmup"), loss_type=("auto", "infonce", "sigmoid"), mixed_precision=("auto", "no", "bf16", "fp16"))
-AT_LEAST = dict(epochs=1, max_steps=0, batch_size=2, gradient_accumulation_steps=1, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_ratio=0,
+AT_LEAST = dict(epochs=1, gradient_cache_chunk_size=1, max_steps=0, batch_size=2, gradient_accumulation_steps=1, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_ratio=0,
                 temperature=0, seed=0, logging_steps=1, num_workers=0, image_cache_mb=0, save_total_limit=0)
 
 def check(
@@ -70,7 +75,6 @@ def check(
 # %% ../nbs/04_config.ipynb #776b5df1
 KEYS = [f.name for f in fields(TrainConfig)]
 PLANNED = {  # 领域里通行、而这个版本还没有的键 → 去哪里等
-    **dict.fromkeys("use_gradient_cache gradient_cache_chunk_size".split(), "GradCache"), **dict.fromkeys("use_mrl mrl_dims mrl_weights".split(), "Matryoshka"),
     **dict.fromkeys("use_lora lora_r lora_alpha lora_dropout lora_target_modules".split(), "LoRA"),
     **dict.fromkeys("teacher_model_name distillation_alpha distillation_temperature".split(), "蒸馏"),
     "report_to": "wandb 与 tensorboard", "retrieval_mode": "指定任务", "pooling_method": "选择池化"}
@@ -109,7 +113,7 @@ def load_config(
         if not isinstance(raw, dict): raise VembedError(f"{path} 要是「键: 值」的表，这里是 {type(raw).__name__}")
         for k, v in raw.items():
             if k not in KEYS: raise unknown_key(str(k), str(path))
-            values[k] = _yaml_number(k, v)
+            values[k] = _yaml_value(k, v)
         try: TrainConfig(**values)
         except VembedError as e: raise VembedError(f"{path}：{e}") from e
     if isinstance(overrides, dict):
@@ -122,8 +126,9 @@ def load_config(
         values[key] = parse_value(key, text)
     return TrainConfig(**values)
 
-def _yaml_number(key, value):
-    "YAML 1.1 把 1e-4 读成文字，这里还它数字的身份。"
+def _yaml_value(key, value):
+    "YAML 1.1 把 1e-4 读成文字，这里还它数字的身份；数的列表（mrl_dims: [512, 256]）写成逗号隔开的文字。"
+    if TrainConfig.__dataclass_fields__[key].type is str and isinstance(value, list): return ",".join(map(str, value))
     if TrainConfig.__dataclass_fields__[key].type is float and isinstance(value, str):
         try: return float(value)
         except ValueError: pass
