@@ -27,9 +27,9 @@ class Batch:
         return replace(make_targets(**vars(self)), **more)
 
     def is_positive(self, i, j):
-        "第 j 个文档是第 i 个查询的正例：在名单里；是同样的查询的正例；同组。"
-        same_query = j < len(self.query_ids) and self.query_ids[j] == self.query_ids[i]
-        return self.doc_ids[j] in self.positives[i] or same_query or (self.query_groups[i] != "" and self.query_groups[i] == self.doc_groups[j])
+        "第 j 个文档是第 i 个查询（或同样的另一个查询）的正例：在名单里；是它的正例；同组。"
+        alike = [k for k, q in enumerate(self.query_ids) if q == self.query_ids[i]]
+        return j in alike or any(self.doc_ids[j] in self.positives[k] or (self.query_groups[k] != "" and self.query_groups[k] == self.doc_groups[j]) for k in alike)
 
     def positive(self):
         "[B, N] bool。"

@@ -77,6 +77,7 @@ class Embeddings:
 
     def __post_init__(self):
         shape, mask = tuple(self.vectors.shape), None if self.mask is None else tuple(self.mask.shape)
+        if mask is not None and (len(shape) == 2 or self.mask.dtype != torch.bool): raise VembedError(f"掩码要是 bool，配多向量 [N, L, D]；这里是 {self.mask.dtype}，向量是 {list(shape)}（.bool() 可以转）")
         if len(shape) not in (2, 3): raise VembedError(f"嵌入要是 [N, D] 或 [N, L, D]，这里是 {list(shape)}")
         if bad := [list(x.shape) for x in self.layers if x.shape != shape]: raise VembedError(f"各层的嵌入要同形：最后一层是 {list(shape)}，有一层是 {bad[0]}")
         if len(shape) == 3 and mask != shape[:2]: raise VembedError(f"多向量嵌入 {list(shape)} 要有形状 {list(shape[:2])} 的掩码，这里是 {mask and list(mask)}")
@@ -102,7 +103,9 @@ class Embeddings:
 def concat(
     parts,  # [Embeddings]，至少一个
 ) -> Embeddings:  # 首尾相接
-    "把几批嵌入拼起来；多向量补齐到最长。梯度照样传回每一批。"
+    "把几批嵌入拼起来；多向量补齐到最长。梯度照样传回每一批。没有东西、种类或维数不同时抛 `VembedError`。"
+    kinds = sorted({(p.vectors.ndim, p.dim, len(p.layers)) for p in parts})
+    if len(kinds) != 1: raise VembedError(f"要拼的嵌入得有同样的种类和维数，这里是 {[list(p.vectors.shape) for p in parts] or '空的'}")
     L = max(p.vectors.shape[1] for p in parts)  # 单向量时是 D，不会用到
     pad = lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, L - x.shape[1])) if parts[0].mask is not None else x
     stacked = [torch.cat([pad(x) for x in xs]) for xs in zip(*(p.tensors() for p in parts))]
@@ -122,7 +125,7 @@ class _MaxSim(torch.autograd.Function):
     "每个查询 token 在每篇文档里的最大值 [Nd, Q]；反向只走赢的那一个 token。"
     @staticmethod
     def forward(ctx, q, d, mask, block, grad):
-        n = max(1, block // (d.shape[1] * len(q)))
+        n = max(1, block // max(1, d.shape[1] * len(q)))
         top = q.new_empty(len(d), len(q))
         where = torch.empty(len(d), len(q), dtype=torch.int32, device=q.device) if grad else None
         with torch.autocast(q.device.type, enabled=False):
@@ -138,10 +141,10 @@ class _MaxSim(torch.autograd.Function):
     def backward(ctx, g):
         q, d, where = ctx.saved_tensors
         dq, dd, flat = torch.zeros_like(q), torch.zeros_like(d), d.reshape(-1, d.shape[-1])
-        n = max(1, ctx.block // q.numel())
+        n = max(1, ctx.block // max(1, q.numel()))
         for i in range(0, len(d), n):
             at = where[i:i + n].long() + torch.arange(i, min(i + n, len(d)), device=q.device)[:, None] * d.shape[1]
-            dq += torch.einsum("nqd,nq->qd", flat[at], g[i:i + n])
+            with torch.autocast(q.device.type, enabled=False): dq += torch.einsum("nqd,nq->qd", flat[at], g[i:i + n])
             dd.view(-1, d.shape[-1]).index_add_(0, at.view(-1), (q * g[i:i + n, :, None]).view(-1, d.shape[-1]))
         return dq, dd, None, None, None
 
@@ -155,12 +158,14 @@ def maxsim(
     "精确的 MaxSim，可以求导，内存与 Nq×Nd×Lq×Ld 无关。形状不对、文档全被遮住时抛 `VembedError`。"
     if q.mask is None or d.mask is None: raise VembedError(f"MaxSim 要多向量 [N, L, D] 加掩码，这里查询是 {list(q.vectors.shape)}，文档是 {list(d.vectors.shape)}")
     if q.dim != d.dim: raise VembedError(f"查询的 token 是 {q.dim} 维，文档是 {d.dim} 维，不能比较；两边要用同一个模型")
+    if (q.vectors.dtype == torch.float64) != (d.vectors.dtype == torch.float64): raise VembedError(f"查询是 {q.vectors.dtype}，文档是 {d.vectors.dtype}；双精度的要两边都是")
     if reduce not in ("sum", "mean"): raise VembedError(f"reduce={reduce!r} 不行，可选 sum、mean")
     if not d.mask.any(1).all(): raise VembedError(f"第 {int((~d.mask.any(1)).nonzero()[0])} 篇文档的 token 全被遮住了，没有可比的东西；检查 mask")
     x, y = (v if v.dtype == torch.float64 else v.float() for v in (q.vectors, d.vectors))
     grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    parts = []
-    n = max(1, block // (x.shape[1] * y.shape[1]))
+    if grad: x, y = x.masked_fill(~q.mask[..., None], 0), y.masked_fill(~d.mask[..., None], 0)  # 遮住的 token 里哪怕是 NaN，梯度也是 0
+    parts, y = [], y.contiguous()
+    n = max(1, block // max(1, x.shape[1] * y.shape[1]))
     for xb, mb in zip(x.split(n), q.mask.split(n)):
         top = _MaxSim.apply(xb.reshape(-1, q.dim), y, d.mask, block, grad).view(len(y), *mb.shape)
         score = top.masked_fill(~mb, 0).sum(-1).T  # 遮住的 token 里哪怕是 NaN，也不进来

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import VembedError
-from .block import _Sum, block_rows, lse, lse_sum, same
+from .block import _Sum, block_rows, lse, lse_sum, row_lse, same
 from .targets import Targets, check_batch, make_targets
 from ..vectors import Embeddings, cosine, normalize
 
@@ -23,6 +23,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 class ContrastiveLoss(nn.Module):
     "对比损失的共同部分：可学的 `logit_scale`，检查，记录，关掉 autocast。子类写 `compute`。"
+    contrast = True  # 靠反例，所以只有一对时损失恒为 0
     def __init__(self,
         temperature: float = 0.07,  # 初始温度 τ，0.01 到 1
         learn_temperature: bool = True,  # 温度是否随训练学习
@@ -45,7 +46,7 @@ class ContrastiveLoss(nn.Module):
         targets: Targets,  # 身份
     ) -> torch.Tensor:  # 标量
         "一批的损失。输入不对时抛 `VembedError`。"
-        check_batch(q, d, targets)
+        check_batch(q, d, targets, self.contrast)
         with torch.autocast(q.vectors.device.type, enabled=False): loss = self.compute(q, d, targets)
         self.logs = {"temperature": float(torch.exp(-self.logit_scale.detach())), "false_negatives": len(targets.pairs()[0]) - len(targets.query_ids)}
         return loss
@@ -110,12 +111,13 @@ def make_edit(
     def edit(z, start, stop):
         row = torch.arange(stop - start, device=z.device)
         mine, paired = (row, row + first + start), kind in ("q2d", "d2q")
-        positive = z[mine] if paired else None
+        keep = targets.pairs(first + start, first + stop, "query" if kind == "q2d" else "doc") if loss.positives == "all" and paired else mine
+        positive = z[keep] if paired else None
         if loss.margin is not None: z.masked_fill_(z > (own[start:stop, None] + loss.margin) * scale, -math.inf)
         if loss.hardness and kind == "q2d": _weigh(z, loss, targets, first + start, first + stop, scale)
         if loss.negatives == "own" and kind == "q2d": z[:, B:].masked_fill_(targets.owners[None, B:] != mine[1][:, None], -math.inf)
         if not (loss.positives == "all" and paired): z[forbidden(targets, kind, first + start, first + stop)] = -math.inf
-        if paired: z[mine] = positive if keep_own else -math.inf
+        if paired: z[keep] = positive if keep_own else -math.inf
         return z
     return edit
 
@@ -160,12 +162,13 @@ class InfoNCE(ContrastiveLoss):
 
     def _check_options(self):
         "选项合不合得来。"
-        bad = [k for k in self.directions if k not in KINDS]
-        if bad or "q2d" not in self.directions: raise VembedError(f"directions={self.directions} 不行：可选 {'、'.join(KINDS)}，而且要有 q2d（正例在里面）")
+        bad = [k for k in self.directions if k not in KINDS or self.directions.count(k) > 1]
+        if bad or "q2d" not in self.directions: raise VembedError(f"directions={self.directions} 不行：可选 {'、'.join(KINDS)}，不重复，而且要有 q2d（正例在里面）")
         if not self.joint and set(self.directions) & {"q2q", "d2d"}: raise VembedError("q2q 和 d2d 里没有正例，不能单独成为一个损失；要加 joint=True")
         if self.positives == "all" and (self.joint or self.variant != "plain"): raise VembedError("positives='all' 只能和 variant='plain'、joint=False 一起用")
-        if self.variant == "debiased" and (self.joint or self.margin is not None): raise VembedError("variant='debiased' 要数清反例的个数，不能和 joint 或 margin 一起用")
-        if not 0 <= self.prior < 1 or self.hardness < 0: raise VembedError(f"prior={self.prior} 要在 [0, 1) 里，hardness={self.hardness} 要 ≥ 0")
+        if self.variant == "debiased" and (self.joint or self.margin is not None or self.negatives == "own"): raise VembedError("variant='debiased' 要数清反例的个数，不能和 joint、margin 或 negatives='own' 一起用")
+        if not (0 <= self.prior < 1 and 0 <= self.hardness < math.inf): raise VembedError(f"prior={self.prior} 要在 [0, 1) 里，hardness={self.hardness} 要是 ≥ 0 的数")
+        if self.margin is not None and not -2 <= self.margin <= 2: raise VembedError(f"margin={self.margin} 不行：它是两个余弦之差，在 -2 到 2 之间")
         if self.negatives == "own" and "d2d" in self.directions: raise VembedError("negatives='own' 和 d2d 互相矛盾：d2d 就是和别人的文档比")
 
 # %% ../../nbs/32_losses.contrastive.ipynb #a7642624
@@ -180,10 +183,12 @@ def _compute(self, q, d, targets):
         return targets.mean(log_z - s * self.positive(x, own, targets, "q2d", rows) - s * self.positive(x, own, targets, "d2q", rows)) / 2
     terms = []
     for kind in self.directions:
-        if plain: terms.append(targets.mean(lse_sum(*x.product(kind, rows), s, edits[kind], self.block)) - targets.mean(s * self.positive(x, own, targets, kind, rows)))
+        if plain:
+            pos = s * self.positive(x, own, targets, kind, rows)
+            terms.append(targets.mean(lse_sum(*x.product(kind, rows), s, edits[kind], self.block, pos.detach()) - (pos - pos.detach()).sum()))
         else: terms.append(lse(*x.product(kind, rows), s, edits[kind], self.block)[0])
     if plain: return sum(terms) / len(terms)
-    if self.joint: return targets.mean(self.ratio(torch.stack(terms).logsumexp(0), s * own, kept=self.variant == "plain"))
+    if self.joint: return targets.mean(self.ratio(row_lse(torch.stack(terms, 1)), s * own, kept=self.variant == "plain"))
     if self.variant == "debiased": terms = [self.debias(t, s * own, s, targets, k) for t, k in zip(terms, self.directions)]
     return sum(targets.mean(self.ratio(t, s * own, kept=False)) for t in terms) / len(terms)
 
@@ -205,7 +210,6 @@ def _debias(self, log_neg, pos, s, targets, kind):
     "从反例的和里扣掉 prior 那么多的正例，不低于理论上的最小值 M·e^{-s}。"
     r, _ = forbidden(targets, kind, targets.start, targets.stop)
     M = (len(targets.doc_ids) if kind == "q2d" else len(targets.query_ids)) - 1 - r.bincount(minlength=len(pos)).to(pos.dtype)
-    if self.negatives == "own" and kind == "q2d": raise VembedError("variant='debiased' 不能和 negatives='own' 一起用")
     log_neg = log_neg.nan_to_num(neginf=0.0)
     taken = pos + torch.log(M * self.prior) if self.prior else pos - math.inf
     left = torch.where(taken < log_neg, log_neg + torch.log1p(-torch.exp((taken - log_neg).clamp(max=-1e-6))), torch.full_like(pos, -math.inf))
@@ -221,6 +225,7 @@ InfoNCE.compute, InfoNCE.positive, InfoNCE.ratio, InfoNCE.debias, InfoNCE.vector
 # %% ../../nbs/32_losses.contrastive.ipynb #c4977395
 class SigmoidLoss(ContrastiveLoss):
     "SigLIP 的成对 sigmoid 损失，温度和偏置都可学。"
+    contrast = False  # 一对也有一个格子可学
     def __init__(self,
         temperature: float = 0.1,  # 初始温度 τ，0.01 到 1
         bias: float = -10.0,  # 初始偏置 b
@@ -244,7 +249,7 @@ class SigmoidLoss(ContrastiveLoss):
             return value, z
         rows = block_rows(len(x), len(y), self.block)
         need = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, s, b))
-        return targets.mean(_Sum.apply(x, y, s, b, same, rule, rows, need) if rows else rule(s * (x @ y.T) + b, 0, len(x))[0])
+        return targets.mean(_Sum.apply(x, y, s, b, same, rule, rows, need, None) if rows else rule(s * (x @ y.T) + b, 0, len(x))[0])
 
     def forward(self, q, d, targets):
         "一批的损失。"

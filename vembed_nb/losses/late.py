@@ -22,7 +22,8 @@ class MaxSims:
         d: Embeddings,  # [N, Ld, D] 文档
         reduce: str,  # "mean" 或 "sum"
     ):
-        self.matrix = maxsim(Embeddings(normalize(q.vectors), q.mask), Embeddings(normalize(d.vectors), d.mask), reduce)
+        clean = lambda e: Embeddings(normalize(e.vectors.masked_fill(~e.mask[..., None], 0)), e.mask)  # 遮住的先清零，里面的 NaN 就进不了梯度
+        self.matrix = maxsim(clean(q), clean(d), reduce)
 
     def product(self,
         kind: str,  # q2d 或 d2q
@@ -70,6 +71,7 @@ class ColBERTPairwise(ContrastiveLoss):
         reduce: str = "mean",  # 多向量时，MaxSim 取 "mean" 还是 "sum"
     ):
         super().__init__(temperature, learn_temperature)
+        if reduce not in ("sum", "mean"): raise VembedError(f"reduce={reduce!r} 不行，可选 sum、mean")
         self.reduce = reduce
 
     def compute(self, q, d, targets):
@@ -78,8 +80,9 @@ class ColBERTPairwise(ContrastiveLoss):
         s = normalize(q.vectors[rows]) @ normalize(d.vectors).T if q.mask is None else MaxSims(q, d, self.reduce).matrix[rows]
         own = s.diagonal(targets.start)
         hardest = s.masked_fill(targets.positive_mask(rows), -torch.inf).amax(1)
-        value = F.softplus((hardest - own) * self.logit_scale.exp())
-        return targets.mean(value.masked_fill(torch.isneginf(hardest), 0))
+        alone = torch.isneginf(hardest)  # 没有反例
+        value = F.softplus((hardest - own).masked_fill(alone, 0) * self.logit_scale.exp())
+        return targets.mean(value.masked_fill(alone, 0))
 
 # %% ../../nbs/34_losses.late.ipynb #828782f2
 def pool_tokens(
@@ -89,6 +92,7 @@ def pool_tokens(
 ) -> Embeddings:  # [N, L', D]，已归一化
     "按内容合并 token。factor=1 时只归一化。"
     from scipy.cluster.hierarchy import fcluster, linkage
+    if e.mask is None: raise VembedError(f"token 池化要多向量 [N, L, D]，这里是 {list(e.vectors.shape)}")
     if factor < 1: raise VembedError(f"factor={factor} 不行：几个并成一个，至少是 1")
     x, out = normalize(e.vectors), []
     for v, m in zip(x, e.mask):

@@ -68,7 +68,7 @@ class _Nested(torch.autograd.Function):
     "Σ_k w_k Σ_i lse_i(前 k 维的余弦 × s)，梯度在前向里算好；分块，共用一次乘法。"
     @staticmethod
     @full_precision
-    def forward(ctx, x, y, scale, pairs, edits, rows):
+    def forward(ctx, x, y, scale, pairs, edits, rows, minus):
         K, dims = len(pairs), [k for k, _ in pairs]
         rx, ry = (torch.stack([v[:, :k].norm(dim=1) for k in dims]).clamp(min=1e-12).reciprocal() for v in (x, y))
         dx, dy, tx, ty, values = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(rx), torch.zeros_like(ry), x.new_zeros(K)
@@ -83,7 +83,7 @@ class _Nested(torch.autograd.Function):
                 edits[k](torch.mul(zb, row, out=e), i, i + n)
                 top = e.amax(1, keepdim=True)
                 total = e.sub_(top).exp_().sum(1, keepdim=True)
-                values[k] += (total.log() + top).sum()
+                values[k] += (total.log()[:, 0] + (top[:, 0] - minus[k][i:i + n])).sum()
                 e.mul_(row * (pairs[k][1] / total))
                 zb.mul_(e)
                 tx[k, i:i + n], ty[k] = zb.sum(1), ty[k] + zb.sum(0)
@@ -103,7 +103,7 @@ class _Nested(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, _):
         dx, dy, dscale = ctx.saved_tensors
-        return dx * g, dy * g, dscale * g, None, None, None
+        return dx * g, dy * g, dscale * g, None, None, None, None
 
 # %% ../../nbs/35_losses.matryoshka.ipynb #516c0976
 def shares_product(
@@ -128,12 +128,13 @@ def nested_infonce(
     x, y = up(q.vectors), up(d.vectors)
     with torch.autocast(x.device.type, enabled=False):
         own = [(truncate(x[rows], k) * truncate(y[rows], k)).sum(-1) for k, _ in pairs]
+        pos = [s * o for o in own]
         for kind in loss.directions:
             a, b = (x[rows], y) if kind == "q2d" else (y[rows], x)
             edits = [make_edit(loss, targets, kind, s, o, True) for o in own]
-            value, each = _Nested.apply(a, b, s, pairs, edits, max(16, block_rows(len(a), len(b), loss.block) // 2))
-            total = total + targets.mean(value) - sum(w * targets.mean(s * o) for (_, w), o in zip(pairs, own))
-            logged = logged + torch.stack([targets.mean(v) - targets.mean(s * o) for v, o in zip(each, own)]).detach()
+            value, each = _Nested.apply(a, b, s, pairs, edits, max(16, block_rows(len(a), len(b), loss.block) // 2), [p.detach() for p in pos])
+            total = total + targets.mean(value - sum(w * (p - p.detach()).sum() for (_, w), p in zip(pairs, pos)))
+            logged = logged + each * (targets.ranks / len(targets.query_ids))
     loss.logs = {"temperature": float(1 / s.detach()), "false_negatives": len(targets.pairs()[0]) - len(targets.query_ids)}
     return total / len(loss.directions), (logged / len(loss.directions)).tolist()
 

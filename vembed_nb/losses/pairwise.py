@@ -41,7 +41,7 @@ class PairwiseLoss(nn.Module):
         targets: Targets,  # 身份
     ) -> torch.Tensor:  # 标量，fp32（输入 fp64 时 fp64）
         "一批的损失。输入不对时抛 `VembedError`。"
-        check_batch(q, d, targets)
+        check_batch(q, d, targets, contrast=False)
         if q.vectors.dim() != 2: raise VembedError(f"{type(self).__name__} 要每个查询、每个文档一个向量 [N, D]，这里是多向量 {list(q.vectors.shape)}；先池化，或用 losses.late")
         with torch.autocast(q.vectors.device.type, enabled=False):
             return self.compute(full(q.vectors), full(d.vectors), targets)

@@ -9,12 +9,13 @@ __all__ = ['Targets', 'pairs', 'positive_mask', 'make_targets', 'lists', 'loss_f
 # %% ../../nbs/30_losses.targets.ipynb #a151dfaf
 import math
 import warnings
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import torch
 
 from ..core import VembedError, stable_id
-from ..vectors import Embeddings, cosine
+from ..vectors import Embeddings, cosine, maxsim, normalize
 
 # %% ../../nbs/30_losses.targets.ipynb #6283c4e9
 @dataclass
@@ -42,6 +43,8 @@ class Targets:
             raise VembedError(f"positive_counts 有 {len(self.positive_counts)} 个，加起来是 {int(self.positive_counts.sum())}；应当有 {B} 个，加起来是 {len(self.positive_ids)}")
         for name, n in dict(query_groups=B, doc_groups=N, owners=N, grades=N, scores=N).items():
             if getattr(self, name) is not None and len(getattr(self, name)) != n: raise VembedError(f"{name} 有 {len(getattr(self, name))} 个，应当是 {n} 个（{B} 个查询，{N} 个文档）")
+        if not 0 <= self.start <= self.stop <= B: raise VembedError(f"start={self.start}、stop={self.stop} 不行：要在 0 到 {B} 之间，start 不超过 stop")
+        if (self.owners[:B].cpu() != torch.arange(B)).any(): raise VembedError(f"owners 的前 {B} 个必须是 0 到 {B - 1}（第 i 个文档是第 i 个查询的正例），这里是 {self.owners[:B].tolist()[:8]}")
         if N and not -1 <= int(self.owners.min()) <= int(self.owners.max()) < B: raise VembedError(f"owners 要在 -1 到 {B - 1} 之间，这里是 {int(self.owners.min())} 到 {int(self.owners.max())}")
         for k, (tq, td) in enumerate(self.teachers):
             if (len(tq), len(td)) != (B, N): raise VembedError(f"第 {k} 个教师有 {len(tq)} 个查询向量、{len(td)} 个文档向量，应当是 {B} 个和 {N} 个")
@@ -50,8 +53,10 @@ class Targets:
         device,  # torch 设备
     ):  # Targets
         "把全部张量搬到设备上。"
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved, teachers=[(q.to(device), d.to(device)) for q, d in self.teachers])
+        new = copy(self)  # 已经检查过，不必再查一遍
+        vars(new).pop("_cache", None)
+        vars(new).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}, teachers=[(q.to(device), d.to(device)) for q, d in self.teachers])
+        return new
 
     @property
     def anchors(self) -> range:  # 例如 range(0, B)
@@ -67,16 +72,44 @@ class Targets:
 # %% ../../nbs/30_losses.targets.ipynb #e72e0fa6
 _SALTS = (0, 0x2D99787926D46932, 0x5851F42D4C957F2D)  # 名单、同样的查询、同组
 
-def _keys(self, side):
-    "一边的钥匙：(值, 属于第几个)，按第几个排好。"
-    B, dev = len(self.query_ids), self.query_ids.device
-    at = torch.arange(len(self.doc_ids), device=dev)
-    listed = (self.positive_ids, at[:B].repeat_interleave(self.positive_counts)) if side == "query" else (self.doc_ids, at)
-    groups = self.query_groups if side == "query" else self.doc_groups
-    parts = [listed, (self.query_ids ^ _SALTS[1], at[:B]), (groups[groups != 0] ^ _SALTS[2], at[:len(groups)][groups != 0])]
-    value, row = (torch.cat(x) for x in zip(*parts))
-    order = row.argsort(stable=True)
-    return value[order], row[order]
+def _distinct(a, b):
+    "把 (a, b) 排好（先 a 后 b），去掉重复的。"
+    order = b.argsort()
+    order = order[a[order].argsort(stable=True)]
+    a, b = a[order], b[order]
+    new = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    return a[new], b[new]
+
+def _tables(self):
+    "同样的查询合成一类；(钥匙, 类)、(锁, 文档)、(类, 查询) 三张表，第一张按类排，另有按钥匙排的一份。"
+    if hasattr(self, "_cache"): return self._cache
+    at, B = torch.arange(len(self.doc_ids), device=self.doc_ids.device), len(self.query_ids)
+    kind = self.query_ids.unique(return_inverse=True)[1]
+    def table(parts):
+        key, row = (torch.cat(x) for x in zip(*parts))
+        return _distinct(row, key)
+    some = lambda x: x != 0
+    keys = table([(self.positive_ids, kind.repeat_interleave(self.positive_counts)), (self.query_ids ^ _SALTS[1], kind), ((self.query_groups ^ _SALTS[2])[some(self.query_groups)], kind[some(self.query_groups)])])
+    locks = table([(self.doc_ids, at), (self.query_ids ^ _SALTS[1], at[:B]), ((self.doc_groups ^ _SALTS[2])[some(self.doc_groups)], at[some(self.doc_groups)])])
+    self._cache = {"query": (*keys, *keys[1].sort()), "doc": (*locks, *locks[1].sort()), "kind": kind, "members": kind.sort(stable=True)}
+    return self._cache
+
+def _match(values, wanted):
+    "values 已排好；给出每个 wanted 等于它的位置：(第几个 wanted [M], 位置 [M])。"
+    lo, hi = torch.searchsorted(values, wanted), torch.searchsorted(values, wanted, right=True)
+    n = hi - lo
+    which = torch.arange(len(n), device=n.device).repeat_interleave(n)
+    return which, torch.arange(len(which), device=n.device) - (n.cumsum(0) - n)[which] + lo[which]
+
+def _open(self, side, rows):
+    "rows 是类（side=query）或文档（side=doc），已排好；给出它们打得开的对面：(第几个 row, 文档或类)，不重复，按前者排好。"
+    tables, other = self._tables(), "doc" if side == "query" else "query"
+    owner, key, _, _ = tables[side]
+    far, _, locks, order = tables[other]
+    which, pos = _match(owner, rows)
+    again, lock = _match(locks, key[pos])
+    return _distinct(which[again], far[order[lock]])
 
 def pairs(self,
     start: int = 0,  # 从第几个开始
@@ -84,16 +117,15 @@ def pairs(self,
     side: str = "query",  # "query"：行是查询、列是文档；"doc"：行是文档、列是查询
 ) -> tuple:  # (行 [M], 列 [M]) int64，行从 start 数起；按行排好，不重复
     "一段行里的全部正例对，稀疏地给出。"
-    if not hasattr(self, "_tables"): self._tables = {s: (*k, *torch.sort(k[0])) for s in ("query", "doc") for k in [self._keys(s)]}
-    (value, row, _, _), (_, other_row, locks, order) = self._tables[side], self._tables["doc" if side == "query" else "query"]
-    total, width = (len(self.query_ids), len(self.doc_ids))[:: 1 if side == "query" else -1]
-    lo, hi = torch.searchsorted(row, torch.tensor([start, total if stop is None else stop], device=row.device)).tolist()
-    left = torch.searchsorted(locks, value[lo:hi])
-    n = torch.searchsorted(locks, value[lo:hi], right=True) - left
-    nth = torch.arange(int(n.sum()), device=n.device) - (n.cumsum(0) - n).repeat_interleave(n)
-    r, c = row[lo:hi].repeat_interleave(n) - start, other_row[order[left.repeat_interleave(n) + nth]]
-    flat = (r * width + c).unique()
-    return flat // width, flat % width
+    tables = self._tables()
+    if side == "doc":
+        doc, kind = self._open("doc", torch.arange(start, len(self.doc_ids) if stop is None else stop, device=self.doc_ids.device))
+        which, member = _match(tables["members"][0], kind)
+        return _distinct(doc[which], tables["members"][1][member])
+    kinds, mine = tables["kind"][start:stop].unique(return_inverse=True)
+    which, doc = self._open("query", kinds)
+    row, pos = _match(which, mine)
+    return row, doc[pos]
 
 def positive_mask(self,
     rows: slice = slice(None),  # 要哪些查询
@@ -104,7 +136,7 @@ def positive_mask(self,
     mask[self.pairs(start, stop)] = True
     return mask
 
-Targets._keys, Targets.pairs, Targets.positive_mask = _keys, pairs, positive_mask
+Targets._tables, Targets._open, Targets.pairs, Targets.positive_mask = _tables, _open, pairs, positive_mask
 
 # %% ../../nbs/30_losses.targets.ipynb #72e8a099
 def make_targets(
@@ -177,14 +209,15 @@ def false_negatives(
     doc_names=None,  # [N]
 ) -> FalseNegatives:
     "列出对角线以外的正例，以及把它们当反例的代价。"
+    x, y = (Embeddings(normalize(e.vectors.detach()), e.mask) for e in (q, d))
+    logits = (cosine(x.vectors, y.vectors) if q.mask is None else maxsim(x, y, "mean")).double() / temperature
     r, c = targets.pairs()
-    logits = cosine(q.vectors.detach(), d.vectors.detach()) / temperature
-    off = r != c
-    masked = logits.index_put((r[off], c[off]), torch.tensor(-math.inf, device=logits.device))
-    p = logits.softmax(1)
-    rows = [{"query": (query_names or range(len(q)))[i], "document": (doc_names or range(len(d)))[j], "why": _why(targets, i, j),
-             "similarity": float(logits[i, j] * temperature), "cost": -math.log(max(1e-12, 1 - float(p[i, j])))} for i, j in zip(r[off].tolist(), c[off].tolist())]
-    return FalseNegatives(sorted(rows, key=lambda x: -x["cost"]), float((logits.logsumexp(1) - masked.logsumexp(1)).mean()), loss_floor(targets))
+    r, c = r[r != c], c[r != c]
+    masked, total = logits.index_put((r, c), torch.tensor(-math.inf, dtype=torch.double, device=logits.device)), logits.logsumexp(1)
+    cost = [total[i] - logits[i].scatter(1, j[:, None], -math.inf).logsumexp(1) for i, j in zip(r.split(1024), c.split(1024))]
+    rows = [{"query": (query_names or range(len(q)))[i], "document": (doc_names or range(len(d)))[j], "why": _why(targets, i, j), "similarity": float(logits[i, j] * temperature), "cost": v}
+            for i, j, v in zip(r.tolist(), c.tolist(), torch.cat(cost or [total[:0]]).tolist())]
+    return FalseNegatives(sorted(rows, key=lambda x: -x["cost"]), float((total - masked.logsumexp(1)).mean()), loss_floor(targets))
 
 def _why(t, i, j):
     "第 j 个文档凭什么是第 i 个查询的正例。"
@@ -198,15 +231,18 @@ def check_batch(
     q: Embeddings,  # 查询
     d: Embeddings,  # 文档
     targets: Targets,  # 身份
+    contrast: bool = True,  # 这个损失靠反例：只有一对时警告（损失恒为 0）
 ):
-    "个数、维数、类型、设备、数值；不对时抛 `VembedError`。只有一对、没有反例时给一个警告（损失恒为 0）。"
+    "个数、维数、类型、设备、数值；不对时抛 `VembedError`。"
     B, N = len(targets.query_ids), len(targets.doc_ids)
+    if not B: raise VembedError("一批是空的：0 个查询")
     shapes = f"查询 {list(q.vectors.shape)}，文档 {list(d.vectors.shape)}"
     if (len(q), len(d)) != (B, N): raise VembedError(f"{shapes}，而 targets 说是 {B} 个查询和 {N} 个文档")
     if q.vectors.ndim != d.vectors.ndim or q.dim != d.dim: raise VembedError(f"{shapes}：两边的形状不能比较，维数要相同，并且同是单向量或同是多向量")
     if len({q.vectors.device, d.vectors.device, targets.query_ids.device}) > 1: raise VembedError(f"查询在 {q.vectors.device}，文档在 {d.vectors.device}，targets 在 {targets.query_ids.device}；要放到同一个设备（.to(device)）")
     for name, e in (("查询", q), ("文档", d)): _check_values(name, e)
-    if N == 1: warnings.warn("一批只有一对，又没有额外的反例：没有可以区分的东西，对比损失恒为 0；把 batch_size 调大")
+    if (q.vectors.dtype == torch.float64) != (d.vectors.dtype == torch.float64): raise VembedError(f"查询是 {q.vectors.dtype}，文档是 {d.vectors.dtype}；双精度的要两边都是")
+    if contrast and N == 1: warnings.warn("一批只有一对，又没有额外的反例：没有可以区分的东西，对比损失恒为 0；把 batch_size 调大")
 
 def _check_values(name, e):
     "类型是浮点；没有 NaN 和 Inf；多向量至少有一个 token 没被遮住。"
