@@ -60,7 +60,7 @@ def defined(loss, q, d, qm, dm, batch):
 @pytest.fixture
 def raw(monkeypatch):
     "同行的晚交互损失不归一化（模型已经做了）：金值的输入照原样进去。归一化由 `defined` 那一边来证。"
-    monkeypatch.setattr(late, "normalize", lambda x: x)
+    monkeypatch.setattr(late, "normalize", lambda x, mask=None: x)
 
 
 PRECISION = pytest.mark.parametrize("dtype, rtol", [(torch.float64, 2e-5), (torch.float32, 1e-4)], ids=["fp64", "fp32"])

@@ -17,7 +17,7 @@ _ROOMS = {
     "InfoNCE": "losses.contrastive", "SigmoidLoss": "losses.contrastive", "Targets": "losses.targets", "make_targets": "losses.targets", "false_negatives": "losses.targets",
     "TripletLoss": "losses.pairwise", "CoSENT": "losses.pairwise", "AnglE": "losses.pairwise", "ColBERTLoss": "losses.late", "pool_tokens": "losses.late",
     "Matryoshka": "losses.matryoshka", "Distill": "losses.distill", "DistillKL": "losses.distill", "RankEmbeddings": "losses.rank", "maxsim": "vectors", "Embeddings": "vectors",
-    "GradCache": "gradcache", "gather_batch": "train.dist", "run_ranks": "train.dist",
+    "GradCache": "gradcache", "check_gradcache": "diagnose.proof", "gather_batch": "train.dist", "run_ranks": "train.dist",
     "Item": "data.tasks", "Record": "data.tasks", "read_records": "data.read", "read_corpus": "data.read", "check_data": "data.check", "from_table": "data.table",
     "evaluate_encoder": "evaluate.report", "EvalReport": "evaluate.report", "compare_reports": "evaluate.report", "VectorIndex": "search.index", "load_index": "search.index",
     "Searcher": "search.searcher", "build_index": "search.searcher", "Hits": "search.searcher", "gallery": "show.gallery", "curves": "show.curves",

@@ -15,11 +15,29 @@ from torch.autograd.function import once_differentiable
 from .core import VembedError
 
 # %% ../nbs/02_vectors.ipynb #8ed29e22
+class _Normalize(torch.autograd.Function):
+    "y = x / ‖x‖；遮住的位置是 0，也没有梯度。"
+    @staticmethod
+    def forward(ctx, x, mask):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        y = x / length.clamp(min=1e-12)
+        if mask is not None: y.masked_fill_(~mask[..., None], 0)
+        ctx.save_for_backward(y, torch.where(length > 1e-12, 1 / length, 0), mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, inverse, mask = ctx.saved_tensors
+        out = torch.addcmul(g, y, (g * y).sum(-1, keepdim=True), value=-1).mul_(inverse)
+        return out if mask is None else out.masked_fill_(~mask[..., None], 0), None
+
 def normalize(
     x: torch.Tensor,  # [..., D] 任意浮点类型
+    mask: torch.Tensor | None = None,  # [...] bool；False 的位置结果是 0
 ) -> torch.Tensor:  # [..., D] fp32（进来是 fp64 就仍是 fp64），最后一维的长度是 1（零向量仍是零）
     "L2 归一化最后一维，至少在 fp32 里做。"
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return _Normalize.apply(x if x.dtype == torch.float64 else x.float(), mask)
 
 # %% ../nbs/02_vectors.ipynb #eee64b22
 def cosine(
@@ -163,7 +181,7 @@ def maxsim(
     if not d.mask.any(1).all(): raise VembedError(f"第 {int((~d.mask.any(1)).nonzero()[0])} 篇文档的 token 全被遮住了，没有可比的东西；检查 mask")
     x, y = (v if v.dtype == torch.float64 else v.float() for v in (q.vectors, d.vectors))
     grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if grad: x, y = x.masked_fill(~q.mask[..., None], 0), y.masked_fill(~d.mask[..., None], 0)  # 遮住的 token 里哪怕是 NaN，梯度也是 0
+    if grad: x = x.masked_fill(~q.mask[..., None], 0)  # 遮住的 token 里哪怕是 NaN，也进不了梯度；文档那边只有赢的 token 有梯度，不必清
     parts, y = [], y.contiguous()
     n = max(1, block // max(1, x.shape[1] * y.shape[1]))
     for xb, mb in zip(x.split(n), q.mask.split(n)):

@@ -22,8 +22,7 @@ class MaxSims:
         d: Embeddings,  # [N, Ld, D] 文档
         reduce: str,  # "mean" 或 "sum"
     ):
-        clean = lambda e: Embeddings(normalize(e.vectors.masked_fill(~e.mask[..., None], 0)), e.mask)  # 遮住的先清零，里面的 NaN 就进不了梯度
-        self.matrix = maxsim(clean(q), clean(d), reduce)
+        self.matrix = maxsim(Embeddings(normalize(q.vectors, q.mask), q.mask), Embeddings(normalize(d.vectors, d.mask), d.mask), reduce)
 
     def product(self,
         kind: str,  # q2d 或 d2q
