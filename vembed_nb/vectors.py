@@ -29,7 +29,8 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         y, inverse, mask = ctx.saved_tensors
-        out = torch.addcmul(g, y, (g * y).sum(-1, keepdim=True), value=-1).mul_(inverse)
+        with torch.autocast(g.device.type, enabled=False): along = torch.einsum("...d,...d->...", g, y)
+        out = torch.addcmul(g, y, along[..., None], value=-1).mul_(inverse)
         return out if mask is None else out.masked_fill_(~mask[..., None], 0), None
 
 def normalize(
@@ -159,7 +160,7 @@ class _MaxSim(torch.autograd.Function):
     def backward(ctx, g):
         q, d, where = ctx.saved_tensors
         dq, dd, flat = torch.zeros_like(q), torch.zeros_like(d), d.reshape(-1, d.shape[-1])
-        n = max(1, ctx.block // max(1, q.numel()))
+        n = max(1, ctx.block // max(1, 2 * q.numel()))
         for i in range(0, len(d), n):
             at = where[i:i + n].long() + torch.arange(i, min(i + n, len(d)), device=q.device)[:, None] * d.shape[1]
             with torch.autocast(q.device.type, enabled=False): dq += torch.einsum("nqd,nq->qd", flat[at], g[i:i + n])

@@ -116,8 +116,13 @@ def pairs(self,
     stop: int | None = None,  # 到第几个为止；None 表示到最后
     side: str = "query",  # "query"：行是查询、列是文档；"doc"：行是文档、列是查询
 ) -> tuple:  # (行 [M], 列 [M]) int64，行从 start 数起；按行排好，不重复
-    "一段行里的全部正例对，稀疏地给出。"
+    "一段行里的全部正例对，稀疏地给出。同一段连着问两次，只找一次。"
     tables = self._tables()
+    if tables.get("asked") != (start, stop, side): tables |= {"asked": (start, stop, side), "found": self._find(tables, start, stop, side)}
+    return tables["found"]
+
+def _find(self, tables, start, stop, side):
+    "`pairs` 的实际工作。"
     if side == "doc":
         doc, kind = self._open("doc", torch.arange(start, len(self.doc_ids) if stop is None else stop, device=self.doc_ids.device))
         which, member = _match(tables["members"][0], kind)
@@ -136,7 +141,7 @@ def positive_mask(self,
     mask[self.pairs(start, stop)] = True
     return mask
 
-Targets._tables, Targets._open, Targets.pairs, Targets.positive_mask = _tables, _open, pairs, positive_mask
+Targets._tables, Targets._open, Targets._find, Targets.pairs, Targets.positive_mask = _tables, _open, _find, pairs, positive_mask
 
 # %% ../../nbs/30_losses.targets.ipynb #72e8a099
 def make_targets(
