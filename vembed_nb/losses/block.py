@@ -81,7 +81,8 @@ class _LSE(torch.autograd.Function):
             if cols: p[:, :cols] += p_col
             torch.mm(p, d, out=dq[i:j])
             dd.addmm_(p.T, qs)
-        return dq * scale, dd, (q * dq).sum().to(scale.dtype), None, None, None
+        dscale = torch.dot(q.flatten(), dq.flatten())
+        return dq.mul_(scale), dd, dscale, None, None, None
 
 # %% ../../nbs/31_losses.block.ipynb #ede4db9f
 def lse(
@@ -111,7 +112,7 @@ class _Sum(torch.autograd.Function):
     "Σ 各块的 rule(z)；梯度在前向里就算好。"
     @staticmethod
     @full_precision
-    def forward(ctx, q, d, scale, bias, edit, rule, rows, grad, minus):
+    def forward(ctx, q, d, scale, bias, edit, rule, rows, grad, minus, weight):
         total, dbias = q.new_zeros(()), q.new_zeros(())
         dq, dd = (torch.empty_like(q), torch.zeros_like(d)) if grad else (None, None)
         for i, j, qs, z in _blocks(q, d, scale, edit, rows):
@@ -119,17 +120,19 @@ class _Sum(torch.autograd.Function):
             total += (value if minus is None else value - minus[i:j]).sum()
             if not grad: continue
             torch.mm(g, d, out=dq[i:j])
-            dd.addmm_(g.T, qs)
+            dd.addmm_(g.T, qs, alpha=weight)
             if bias is not None: dbias += g.sum()
-        if grad: ctx.save_for_backward(dq, dd, (q * dq).sum(), dbias, scale)
-        return total
+        if grad: ctx.save_for_backward(dq, dd, torch.dot(q.flatten(), dq.flatten()) * weight, dbias * weight)
+        if grad: dq.mul_(scale * weight)
+        return total * weight
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx, g):
-        dq, dd, dscale, dbias, scale = ctx.saved_tensors
-        return dq * (g * scale), dd * g, g * dscale, g * dbias if ctx.needs_input_grad[3] else None, None, None, None, None, None
+        dq, dd, dscale, dbias = ctx.saved_tensors
+        if g != 1: dq, dd = dq * g, dd * g  # 通常正好是 1：损失就是这个数，不必再抄一遍
+        return dq, dd, g * dscale, g * dbias if ctx.needs_input_grad[3] else None, *[None] * 6
 
 def _softmax_rule(z, start, stop):
     "值是各行的 log-sum-exp，梯度是 softmax。"
@@ -144,8 +147,9 @@ def lse_sum(
     edit=same,  # 函数 (z, start, stop) → z
     block="auto",  # 见 `block_rows`
     minus: torch.Tensor | None = None,  # [R] 每行减去一个数（不传梯度），例如正例的打分
+    weight: float = 1.0,  # 结果乘以它，例如 1/B
 ) -> torch.Tensor:  # 标量
-    "Σ_i (log Σ_j exp(z_ij) - minus_i)，比 `lse(...)[0].sum()` 少一次矩阵乘法。每行至少要有一个没被遮住的候选。"
+    "weight·Σ_i (log Σ_j exp(z_ij) - minus_i)，比 `lse(...)[0].sum()` 少一次矩阵乘法。每行至少要有一个没被遮住的候选。"
     rows = block_rows(len(q), q.shape[1] if d is None else len(d), block)
-    if d is None or not rows: return (lse(q, d, scale, edit, None)[0] - (0 if minus is None else minus)).sum()
-    return _Sum.apply(q, d, scale, None, edit, _softmax_rule, rows, torch.is_grad_enabled() and any(t.requires_grad for t in (q, d, scale)), minus)
+    if d is None or not rows: return (lse(q, d, scale, edit, None)[0] - (0 if minus is None else minus)).sum() * weight
+    return _Sum.apply(q, d, scale, None, edit, _softmax_rule, rows, torch.is_grad_enabled() and any(t.requires_grad for t in (q, d, scale)), minus, weight)

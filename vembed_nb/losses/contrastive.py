@@ -185,9 +185,10 @@ def _compute(self, q, d, targets):
     for kind in self.directions:
         if plain:
             pos = s * self.positive(x, own, targets, kind, rows)
-            terms.append(targets.mean(lse_sum(*x.product(kind, rows), s, edits[kind], self.block, pos.detach()) - (pos - pos.detach()).sum()))
+            share = targets.ranks / len(targets.query_ids) / len(self.directions)
+            terms.append(lse_sum(*x.product(kind, rows), s, edits[kind], self.block, pos.detach(), share) - (pos - pos.detach()).sum() * share)
         else: terms.append(lse(*x.product(kind, rows), s, edits[kind], self.block)[0])
-    if plain: return sum(terms) / len(terms)
+    if plain: return sum(terms)
     if self.joint: return targets.mean(self.ratio(row_lse(torch.stack(terms, 1)), s * own, kept=self.variant == "plain"))
     if self.variant == "debiased": terms = [self.debias(t, s * own, s, targets, k) for t, k in zip(terms, self.directions)]
     return sum(targets.mean(self.ratio(t, s * own, kept=False)) for t in terms) / len(terms)
@@ -249,7 +250,8 @@ class SigmoidLoss(ContrastiveLoss):
             return value, z
         rows = block_rows(len(x), len(y), self.block)
         need = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, s, b))
-        return targets.mean(_Sum.apply(x, y, s, b, same, rule, rows, need, None) if rows else rule(s * (x @ y.T) + b, 0, len(x))[0])
+        share = targets.ranks / len(targets.query_ids)
+        return _Sum.apply(x, y, s, b, same, rule, rows, need, None, share) if rows else rule(s * (x @ y.T) + b, 0, len(x))[0] * share
 
     def forward(self, q, d, targets):
         "一批的损失。"

@@ -95,6 +95,7 @@ def _tables(self):
     self._cache = {"query": (*keys, *keys[1].sort()), "doc": (*locks, *locks[1].sort()), "kind": kind, "members": kind.sort(stable=True)}
     return self._cache
 
+# %% ../../nbs/30_losses.targets.ipynb #49a9e305
 def _match(values, wanted):
     "values 已排好；给出每个 wanted 等于它的位置：(第几个 wanted [M], 位置 [M])。"
     lo, hi = torch.searchsorted(values, wanted), torch.searchsorted(values, wanted, right=True)
@@ -111,6 +112,7 @@ def _open(self, side, rows):
     again, lock = _match(locks, key[pos])
     return _distinct(which[again], far[order[lock]])
 
+# %% ../../nbs/30_losses.targets.ipynb #a235e585
 def pairs(self,
     start: int = 0,  # 从第几个开始
     stop: int | None = None,  # 到第几个为止；None 表示到最后
