@@ -265,56 +265,62 @@ COLORS = {OURS: "#0f766e", HALF: "#14b8a6", ALL: "#5eead4", NONE: "#0f766e", SIN
           "open_clip": "#a78bfa", "colpali": "#60a5fa", "maxsim-cpu（长短不一）": "#f472b6", "maxsim-cpu（补零）": "#f9a8d4"}
 
 
-def bars(ax, rows, names, title, unit="s", base=None):
-    "每一组是一场比赛，每一条是一个对手，写着时间和内存；base 给出时画它的几倍。"
-    at, ticks = 0, []
-    for row, label in zip(rows, names):
-        start = at
+def bars(ax, rows, titles, heading, unit="s", base=None):
+    "每一组是一场比赛，每一条是一个对手，写着时间和额外的内存；base 给出时画它的几倍。"
+    y, at, names = 0, [], []
+    for row, title in zip(rows, titles):
+        ax.text(0, y, title, fontsize=10, color="#64748b", va="center")
         for n, v in row["contenders"].items():
+            y += 1
             x = v["ratio"] if base else v["min_s"] * (1000 if unit == "ms" else 1)
-            ax.barh(at, x, color=COLORS[n], height=0.82)
-            mb = v["peak_mb"]
-            ax.text(x, at, f" {x:.2f}×" * bool(base) + f" {x:.3g} {unit}" * (not base) + f"，{mb:,.0f} MB", va="center", fontsize=8.5, color="#334155")
-            at += 1
-        ticks.append(((start + at - 1) / 2, label))
-        at += 0.8
-    ax.set_yticks(*zip(*ticks), fontsize=10)
-    ax.invert_yaxis()
-    ax.set_xlim(0, ax.get_xlim()[1] * 1.3)
-    ax.set_title(title, fontsize=12, loc="left", color="#0f172a")
+            ax.barh(y, x, color=COLORS[n], height=0.8)
+            ax.text(x, y, f" {x:.2f} 倍，{v['peak_mb']:,.0f} MB" if base else f" {x:.3g} {unit}，{v['peak_mb']:,.0f} MB", va="center", fontsize=9.5, color="#334155")
+            at.append(y)
+            names.append(n)
+        y += 1.6
+    ax.set_yticks(at, names, fontsize=9.5)
+    ax.set_ylim(max(y, 8.5) - 0.6, -1)
+    ax.set_xlim(0, ax.get_xlim()[1] * 1.28)
+    ax.set_xticks([])
+    ax.set_title(heading, fontsize=12, loc="left", color="#0f172a")
+
+
+def lines(ax, table, heading):
+    "GradCache 的内存峰值随批怎样变。"
+    for n, row in table.items():
+        xs, ys = list(map(int, row)), list(row.values())
+        ax.plot(xs, ys, "o-", color=COLORS[n], lw=2.2)
+        ax.text(xs[-1] * 1.1, ys[-1], f"{n}\n{ys[-1]:,.0f} MB", color=COLORS[n], fontsize=9.5, va="bottom" if n == NONE else "top")
+    ax.set(xscale="log", yscale="log", xlim=(200, 16000), ylim=(70, 5000))
+    ax.set_xticks([256, 1024, 4096], ["B = 256", "1,024", "4,096"])
+    ax.set_yticks([100, 300, 1000, 3000], ["100 MB", "300 MB", "1 GB", "3 GB"])
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+    ax.set_title(heading, fontsize=12, loc="left", color="#0f172a")
 
 
 def plot(result):
+    "六格：一格一行。"
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     from vembed_nb.fonts import use_chinese_font
     use_chinese_font()
-    rows, (fig, axes) = result["rows"], plt.subplots(3, 2, figsize=(14, 14.5))
-    races = lambda name: rows[name]["races"] if name in rows else []
+    fig, axes = plt.subplots(3, 2, figsize=(14, 13), gridspec_kw=dict(height_ratios=[17, 13, 9]))
     (a, b), (c, d), (e, f) = axes
-    if races("infonce"): bars(a, [r for r in races("infonce") if r["size"]["B"] == 16384], ["单向", "双向"], "InfoNCE 前向加反向，B = 16,384，D = 256")
-    if races("gradcache"):
-        bars(b, races("gradcache"), ["tiny-clip", "tiny-clip\n+ LoRA", "小 Qwen3-VL"], "GradCache 一步，B = 256，一块 32；整批 = 1", base=PLAIN)
-        b.axvline(1, color="#cbd5e1", lw=1, zorder=0)
-    if "memory" in rows:
-        for n, line in rows["memory"]["peak_mb"].items(): c.plot(list(map(int, line)), list(line.values()), "o-", color=COLORS[n], lw=2.2, label=n)
-        c.set(xscale="log", yscale="log", xlabel="一批几个")
-        c.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
-        c.set_yticks([100, 300, 1000, 3000, 10000], ["100 MB", "300 MB", "1 GB", "3 GB", "10 GB"])
-        c.minorticks_off()
-        c.grid(alpha=0.25)
-        c.legend(frameon=False, fontsize=10)
-        c.set_title("GradCache 的内存峰值，tiny-clip", fontsize=12, loc="left", color="#0f172a")
-    if races("maxsim"): bars(d, races("maxsim"), ["256\ntoken", "1,030\ntoken"], "MaxSim 打分：32 个 token 的查询对 500 篇文档", unit="ms")
-    if races("colbert"): bars(e, races("colbert"), ["B = 64"], "ColBERT 损失前向加反向，Lq = 32，Ld = 256", unit="ms")
-    if races("matryoshka"): bars(f, [r for r in races("matryoshka") if not r["size"]["both"]], ["B = 4,096\nD = 1,536", "B = 2,048\nD = 768"], "Matryoshka 五个长度，单向 InfoNCE")
-    for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False); ax.tick_params(length=0)
-    seen = dict.fromkeys(n for name in ("infonce", "gradcache", "maxsim", "matryoshka") for r in races(name) for n in r["contenders"])
-    fig.legend([plt.Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in seen], list(seen), loc="lower center", ncol=5, frameon=False, fontsize=10)
-    fig.suptitle(f"又快又省：和同行在同一次运行里比（{result['threads']} 个线程，fp32；每条写着时间和额外的内存）", fontsize=14, x=0.02, ha="left")
-    fig.tight_layout(rect=(0, 0.06, 1, 0.985), h_pad=2)
+    picked = lambda name, **size: [r for r in result["rows"].get(name, {}).get("races", []) if all(r["size"][k] == v for k, v in size.items())]
+    bars(a, picked("infonce", B=16384), ["单向", "双向"], "InfoNCE 前向加反向，B = 16,384，D = 256")
+    bars(b, picked("gradcache"), ["tiny-clip", "tiny-clip + LoRA（底座冻结）", "小 Qwen3-VL"], "GradCache 一步，B = 256，一块 32；整批 = 1", base=PLAIN)
+    lines(c, result["rows"].get("memory", {}).get("peak_mb", {}), "GradCache 的内存峰值，tiny-clip，一块 32")
+    bars(d, picked("maxsim"), ["每篇 256 个 token", "每篇 1,030 个 token"], "MaxSim 打分：32 个 token 的查询对 500 篇文档", unit="ms")
+    bars(e, picked("colbert"), ["B = 64，Lq = 32，Ld = 256"], "ColBERT 损失前向加反向", unit="ms")
+    bars(f, picked("matryoshka", both=False), ["B = 4,096，D = 1,536", "B = 2,048，D = 768"], "Matryoshka 五个长度，单向 InfoNCE")
+    for ax in axes.flat:
+        ax.spines[["top", "right", *(["bottom"] if ax is not c else [])]].set_visible(False)
+        ax.tick_params(length=0)
+    fig.suptitle(f"和同类库在同一次运行里比（{result['threads']} 个线程，fp32；每条写着时间和额外的内存）", fontsize=14, x=0.02, ha="left")
+    fig.tight_layout(rect=(0, 0, 1, 0.985), h_pad=2.5, w_pad=3)
     image_file.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(image_file, dpi=110)
 
@@ -322,14 +328,19 @@ def plot(result):
 ROWS = dict(infonce=infonce, gradcache=gradcache, memory=memory, maxsim=scoring, colbert=colbert, matryoshka=matryoshka)
 
 
-def main(*names):
-    if unknown := set(names) - {*ROWS, "plot"}: raise SystemExit(f"没有 {'、'.join(unknown)}；可选 {'、'.join(ROWS)}、plot")
+def save(rows):
+    "并进 JSON：别的行照旧。"
     result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else dict(rows={})
     result |= dict(seed=SEED, threads=race.THREADS, machine=machine(), versions=versions([*PACKAGES, *PEERS]))
-    for name in names or ROWS:
-        if name in ROWS: result["rows"][name] = race.rounded(ROWS[name]())
-        result["rows"] = {n: result["rows"][n] for n in ROWS if n in result["rows"]}
-        write_json(result_file, result)
+    result["rows"] = {n: (result["rows"] | rows)[n] for n in ROWS if n in result["rows"] | rows}
+    write_json(result_file, result)
+    return result
+
+
+def main(*names):
+    if unknown := set(names) - {*ROWS, "plot"}: raise SystemExit(f"没有 {'、'.join(unknown)}；可选 {'、'.join(ROWS)}、plot")
+    for name in [n for n in names or ROWS if n in ROWS]: save({name: race.rounded(ROWS[name]())})  # 先算完再读文件，别的进程刚写的行不会丢
+    result = save({})
     plot(result)
     for row in result["rows"].values():
         for g in row["goals"]: print("达到" if g["met"] else "没有达到", f"{g['what']}：{g['value']:.3f}（目标 {g['goal']}）")
