@@ -312,6 +312,7 @@ def plot(result):
     picked = lambda name, **size: [r for r in result["rows"].get(name, {}).get("races", []) if all(r["size"][k] == v for k, v in size.items())]
     bars(a, picked("infonce", B=16384), ["单向", "双向"], "InfoNCE 前向加反向，B = 16,384，D = 256")
     bars(b, picked("gradcache"), ["tiny-clip", "tiny-clip + LoRA（底座冻结）", "小 Qwen3-VL"], "GradCache 一步，B = 256，一块 32；整批 = 1", base=PLAIN)
+    if "memory" not in result["rows"]: c.axis("off")
     lines(c, result["rows"].get("memory", {}).get("peak_mb", {}), "GradCache 的内存峰值，tiny-clip，一块 32")
     bars(d, picked("maxsim"), ["每篇 256 个 token", "每篇 1,030 个 token"], "MaxSim 打分：32 个 token 的查询对 500 篇文档", unit="ms")
     bars(e, picked("colbert"), ["B = 64，Lq = 32，Ld = 256"], "ColBERT 损失前向加反向", unit="ms")

@@ -81,9 +81,9 @@ def split(
     if size is not None: return inputs.chunk(size)
     out, start, total = [], 0, 0
     for i, c in enumerate(costs(inputs).tolist()):
-        if i > start and total + c > limit: out.append(inputs.select(torch.arange(start, i))); start, total = i, 0
+        if i > start and total + c > limit: out.append(inputs.span(start, i)); start, total = i, 0
         total += c
-    return [*out, inputs.select(torch.arange(start, len(inputs)))]
+    return [*out, inputs.span(start, len(inputs))]
 
 # %% ../nbs/51_gradcache.ipynb #063cecce
 def embed(

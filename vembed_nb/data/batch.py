@@ -56,6 +56,14 @@ def _select(self: Inputs, keep: torch.Tensor):
 def _chunk(self: Inputs, n: int):
     "按样本切成每块至多 `n` 个的列表，次序不变。"
     if n < 1: raise VembedError(f"每块至少 1 个样本，这里是 {n}")
-    return [self.select(torch.arange(i, min(i + n, self.n))) for i in range(0, self.n, n)]
+    return [self.span(i, min(i + n, self.n)) for i in range(0, self.n, n)]
 
-Inputs.select, Inputs.chunk = _select, _chunk
+def _span(self: Inputs, start: int, stop: int):
+    "第 start 到 stop 个样本，是原来张量的视图，不抄一遍。"
+    out = {}
+    for name, t in self.tensors.items():
+        a, b = int(self.sizes[name][:start].sum()), int(self.sizes[name][:stop].sum())
+        if b > a: out[name] = t[a:b]
+    return Inputs(stop - start, out, {k: self.sizes[k][start:stop] for k in out})
+
+Inputs.select, Inputs.chunk, Inputs.span = _select, _chunk, _span
