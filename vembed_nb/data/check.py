@@ -52,7 +52,7 @@ def check_data(
     records = read_records(path, columns)
     items = [i for r in records for i in (r.query, *r.positives, *r.negatives)]
     texts = [len(i.text) for i in items if i.text is not None]
-    images = dict.fromkeys(i.image for i in items if i.image is not None)
+    images = dict.fromkeys(p for i in items for p in i.images)
     docs = Counter(d for r in records for d in r.positive_ids)
     return DataReport(str(path), len(records), dict(Counter(map(mode_of, records))), len({r.query_id for r in records}), len(docs),
                       sum(len(r.positives) for r in records) / len(records), sum(docs.values()) / len(docs),
@@ -65,7 +65,7 @@ def drop_broken(
     strict: bool = False,  # True 时遇到坏图就报错
 ) -> tuple:  # (Records, {坏图: 原因})
     "查一遍记录用到的全部图片，去掉坏的。全坏时抛 `VembedError`。"
-    bad = broken_images([i.image for r in records for i in (r.query, *r.positives, *r.negatives) if i.image is not None], image_root)
+    bad = broken_images([p for r in records for i in (r.query, *r.positives, *r.negatives) for p in i.images], image_root)
     if not bad: return records, bad
     first = next(iter(bad.values()))
     if strict: raise VembedError(f"{len(bad)} 张图有问题，第一张：{first}")
@@ -75,9 +75,9 @@ def drop_broken(
 
 def _without(r, bad):
     "一条记录去掉坏图；查询是坏图或没有剩下正例时为 None。"
-    pos = [(p, i) for p, i in zip(r.positives, r.positive_ids) if p.image not in bad]
-    neg = [(n, i) for n, i in zip(r.negatives, r.negative_ids) if n.image not in bad]
-    if r.query.image in bad or not pos: return None
+    pos = [(p, i) for p, i in zip(r.positives, r.positive_ids) if bad.keys().isdisjoint(p.images)]
+    neg = [(n, i) for n, i in zip(r.negatives, r.negative_ids) if bad.keys().isdisjoint(n.images)]
+    if not bad.keys().isdisjoint(r.query.images) or not pos: return None
     return Record(r.query, [p for p, _ in pos], [n for n, _ in neg], r.query_id, [i for _, i in pos], [i for _, i in neg], r.group, r.where)
 
 def drop_broken_corpus(
@@ -87,7 +87,7 @@ def drop_broken_corpus(
 ) -> tuple:  # ((ids, items, metas), {坏图: 原因})
     "图库去掉坏图。全坏时抛 `VembedError`。"
     ids, items, metas = corpus
-    bad = broken_images([i.image for i in items if i.image is not None], image_root)
+    bad = broken_images([p for i in items for p in i.images], image_root)
     if bad and (strict or len(bad) == len(items)): raise VembedError(f"{len(bad)} 张图有问题，第一张：{next(iter(bad.values()))}")
-    keep = [j for j, i in enumerate(items) if i.image not in bad]
+    keep = [j for j, i in enumerate(items) if bad.keys().isdisjoint(i.images)]
     return ([ids[j] for j in keep], [items[j] for j in keep], [metas[j] for j in keep]), bad

@@ -10,6 +10,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core import VembedError, progress
@@ -57,10 +58,17 @@ def to_rgb(
 ) -> Image.Image:  # RGB，已按 EXIF 转正，透明处是白色
     "转正、垫白、变成 RGB。"
     im = ImageOps.exif_transpose(im)
+    if im.mode.startswith("I") or im.mode == "F": im = _eight_bits(im)
     if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
+
+def _eight_bits(im):
+    "16 位整数的灰度图 → 8 位；取值范围不清楚的（负数、小数、超过 16 位）抛 `VembedError`。"
+    x = np.asarray(im)
+    if im.mode == "F" or x.min(initial=0) < 0 or x.max(initial=0) > 65535: raise VembedError(f"一张 {im.width}×{im.height} 的图是 {im.mode} 模式（{x.min():g} 到 {x.max():g}），不知道多少算白；先自己换成 8 位")
+    return Image.fromarray((x.astype(np.float64) / 257).round().astype(np.uint8))
 
 # %% ../../nbs/13_data.images.ipynb #432b04e2
 def broken_images(

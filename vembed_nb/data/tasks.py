@@ -6,6 +6,7 @@
 __all__ = ['MODES', 'IMAGE_SUFFIXES', 'FIELDS', 'Item', 'Record', 'mode_of', 'looks_like_image', 'as_item', 'as_record']
 
 # %% ../../nbs/10_data.tasks.ipynb #cab2cdbb
+import os
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -16,7 +17,17 @@ from ..core import VembedError, did_you_mean
 class Item:
     "一样可以被编码的东西：文字、图片，或两者都有。"
     text: str | None = None  # 文字
-    image: object = None  # 图片：路径（相对图片根目录）或 PIL.Image
+    image: object = None  # 图片：路径（相对图片根目录）或 PIL.Image；几张图写成列表
+
+    def __post_init__(self):
+        if isinstance(self.image, (list, tuple)): object.__setattr__(self, "image", tuple(str(i) if isinstance(i, os.PathLike) else i for i in self.image))
+        if isinstance(self.image, os.PathLike): object.__setattr__(self, "image", str(self.image))
+        if isinstance(self.image, tuple): object.__setattr__(self, "image", tuple(self.image) if len(self.image) > 1 else next(iter(self.image), None))
+
+    @property
+    def images(self) -> tuple:  # 零张、一张或几张
+        "全部的图。"
+        return self.image if isinstance(self.image, tuple) else () if self.image is None else (self.image,)
 
     @property
     def kind(self) -> str:  # "text"、"image" 或 "both"
@@ -26,8 +37,8 @@ class Item:
     @property
     def key(self) -> str:  # 字符串
         "默认的 id：路径优先，其次是文字；同样的东西得到同样的 id。"
-        image = self.image if isinstance(self.image, str) else f"<image {id(self.image)}>" if self.image is not None else ""
-        return "\t".join(filter(None, [image, self.text])) or ""
+        names = [i if isinstance(i, str) else f"<image {id(i)}>" for i in self.images]
+        return "\t".join(filter(None, [*names, self.text])) or ""
 
 # %% ../../nbs/10_data.tasks.ipynb #a131fbfa
 @dataclass
@@ -95,7 +106,7 @@ def _many(row, name, where):
     for key, kind in ((name, ""), (f"{name}s", ""), (f"{name}_text", "text"), (f"{name}_image", "image")):
         value = row.get(key)
         values = value if isinstance(value, (list, tuple)) else [] if value is None or value == "" else [value]
-        bad = next((v for v in values if v is None or isinstance(v, (int, float, bool, list)) or (isinstance(v, str) and not v.strip()) or (isinstance(v, dict) and not isinstance(v.get("text") or v.get("image"), str))), ...)
+        bad = next((v for v in values if v is None or isinstance(v, (int, float, bool, list)) or (isinstance(v, str) and not v.strip()) or (isinstance(v, dict) and not isinstance(v.get("text") or v.get("image"), (str, list)))), ...)
         if bad is not ...: raise VembedError(f"{where}：{key} 里有一个空值或不是文字的值（{bad!r}）；每个文档要是一段文字或一个图片路径")
         items += [as_item(v, kind) for v in values]
     ids = row.get(f"{name}_ids", row.get(f"{name}_id"))
@@ -114,7 +125,7 @@ def as_record(
     text, image = row.get("query", row.get("query_text")), row.get("query_image")
     if isinstance(text, str) and not text.strip(): text = None
     if text is not None and not isinstance(text, str): raise VembedError(f"{where}：query 要是文字，这里是 {type(text).__name__}（{str(text)[:40]}）")
-    if isinstance(image, (int, float, bool, list, dict)): raise VembedError(f"{where}：query_image 要是图片路径，这里是 {type(image).__name__}（{str(image)[:40]}）")
+    if isinstance(image, (int, float, bool, dict)) or (isinstance(image, list) and not all(isinstance(i, str) and i for i in image)): raise VembedError(f"{where}：query_image 要是图片路径，这里是 {type(image).__name__}（{str(image)[:40]}）")
     if text is None and not image: raise VembedError(f"{where}：没有查询；要有 query（文字）或 query_image（图片路径）")
     positives, positive_ids = _many(row, "positive", where)
     if not positives: raise VembedError(f"{where}：没有正例；要有 positive（一个）或 positives（一列）")
