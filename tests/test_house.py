@@ -196,20 +196,25 @@ def test_no_machine_paths(path):
 
 
 def test_tiny_weights():
-    "随包的小模型：每个 ≤ 8 MB，fp16，说明里写着出处。"
+    "随包的小模型：每个 ≤ 8 MB，一共 ≤ 30 MB，fp16，说明里写着出处。"
     from safetensors import safe_open
 
     from vembed_nb.tiny import TINY, tiny_facts, tiny_path
 
+    total = 0
     for name in TINY:
         folder = tiny_path(name)
-        size = sum(p.stat().st_size for p in folder.iterdir())
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        total += size
         assert size <= 8_000_000, f"{name} 有 {size} 字节"
-        with safe_open(folder / "model.safetensors", "pt") as f:
-            kinds = {f.get_slice(k).get_dtype() for k in f.keys()}
+        kinds = set()
+        for path in folder.rglob("*.safetensors"):
+            with safe_open(path, "pt") as f: kinds |= {f.get_slice(k).get_dtype() for k in f.keys()}
         assert kinds <= {"F16", "I64"} and "F16" in kinds, f"{name}：{kinds}"
         facts = tiny_facts(name)
-        assert {"seed", "steps"} <= set(facts), f"{name} 的 vembed.json 没有写明种子和步数：{facts}"
+        assert {"seed", "steps", "machine", "versions"} <= set(facts), f"{name} 的 vembed.json 没有写明种子、步数、机器和版本：{sorted(facts)}"
+    assert total <= 30_000_000, total
+    assert {p.name for p in (LIB / "_data" / "tiny").iterdir()} == set(TINY), "文件夹与 TINY 这张表不一致"
 
 
 def test_package_data_is_readable():
