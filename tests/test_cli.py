@@ -311,7 +311,7 @@ BAD_CONFIG = {  # 名字 → (命令行的参数或 YAML 的内容, 消息里要
     "unknown key": (["learning_rat=1e-3"], ["learning_rat", "learning_rate"]),
     "unknown key in yaml": ("lerning_rate: 1e-3\n", ["c.yaml", "lerning_rate", "learning_rate"]),
     "unknown key nothing near": (["zzzzz=1"], ["zzzzz", "--help"]),
-    "planned key": (["use_lora=true"], ["use_lora", "LoRA"]),
+    "planned key": (["teacher_model_name=x"], ["teacher_model_name", "蒸馏"]),
     "planned key in yaml": ("report_to: wandb\n", ["c.yaml", "report_to"]),
     "int is a word": (["epochs=three"], ["epochs", "int"]),
     "int is a float": (["batch_size=16.5"], ["batch_size", "int"]),

@@ -232,6 +232,91 @@ def test_mrl_weights(fit):
     with pytest.raises(VembedError, match="weights"): fit("x", use_mrl=True, mrl_dims="16,4", mrl_weights="1")
 
 
+def lora_layers(t): return {n for n, m in t.encoder.model.named_modules() if hasattr(m, "lora_A")}
+def trained(t): return {n for n, p in t.encoder.model.named_parameters() if p.requires_grad}
+
+
+@covers("use_lora")
+def test_use_lora(fit, micro, capsys):
+    "只有 LoRA、投影头动；检查点只有适配器，读回来向量相同；训练的比例印一次。"
+    from vembed_nb.models.load import load_encoder
+
+    t = fit(use_lora=True, epochs=2)
+    assert capsys.readouterr().out.count("个参数（") == 1
+    start, now = load_encoder(micro).model.state_dict(), weights(t)
+    same = {k.replace(".base_layer", "").replace(".original_module", ""): v for k, v in now.items() if "lora_" not in k and "modules_to_save" not in k}
+    assert moved(start, same) <= {"logit_scale"} and set(same) == set(start)
+    folder = t.out / "checkpoint-epoch-2"
+    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
+    again = load_encoder(folder)
+    assert torch.equal(again.encode(["红色的杯子"]), t.encoder.encode(["红色的杯子"])) and again.get_scale() == t.encoder.get_scale()
+    fit("b")
+    assert "个参数（" not in capsys.readouterr().out
+
+
+@covers("lora_r")
+def test_lora_r(fit):
+    ranks = {r: {p.shape[0] for n, p in fit(str(r), use_lora=True, lora_r=r).encoder.model.named_parameters() if "lora_A" in n} for r in (2, 5)}
+    assert ranks == {2: {2}, 5: {5}}
+    with pytest.raises(VembedError, match="lora_r"): fit("x", use_lora=True, lora_r=0)
+
+
+@covers("lora_alpha")
+def test_lora_alpha(fit):
+    t = fit("a", use_lora=True, lora_r=4, lora_alpha=12.0)
+    assert t.encoder.adapter.peft.peft_config["default"].lora_alpha == 12
+    assert losses(t)[0] == losses(fit("b", use_lora=True, lora_r=4))[0] and losses(t)[1:] != losses(fit("c", use_lora=True, lora_r=4))[1:], "B 从零开始，第一步还看不出来"
+    with pytest.raises(VembedError, match="lora_alpha"): fit("x", use_lora=True, lora_alpha=0.0)
+
+
+@covers("lora_dropout")
+def test_lora_dropout(fit):
+    a, b = (losses(fit(str(x), use_lora=True, lora_dropout=x)) for x in (0.0, 0.5))
+    assert a[1:] != b[1:]
+    with pytest.raises(VembedError, match="lora_dropout"): fit("x", use_lora=True, lora_dropout=1.0)
+
+
+@covers("lora_target_modules")
+def test_lora_target_modules(fit):
+    where = {t: lora_layers(fit(t, use_lora=True, lora_target_modules=t)) for t in ("auto", "text", "vision", "all-linear", "q_proj,fc1")}
+    assert where["auto"] == where["text"] | where["vision"] < where["all-linear"] and not where["text"] & where["vision"]
+    assert {n.rpartition(".")[2] for n in where["q_proj,fc1"]} == {"q_proj", "fc1"}
+    with pytest.raises(VembedError, match="q_proj"): fit("x", use_lora=True, lora_target_modules="q_prj")
+
+
+@covers("freeze")
+def test_freeze(fit, micro):
+    "冻住的一个数也不动，其余的动；与 LoRA 一起用也行。"
+    from vembed_nb.models.load import load_encoder
+
+    start = load_encoder(micro).model.state_dict()
+    change = lambda **kw: moved(start, weights(fit(str(kw), **kw)))
+    assert not [k for k in change(freeze="vision") if k.startswith("vis")] and [k for k in change(freeze="text") if k.startswith("vis")]
+    assert not [k for k in change(freeze="embeddings, layer_norm") if "embeddings" in k or "layer_norm" in k]
+    t = fit("lora", use_lora=True, freeze="vision")
+    assert trained(t) and not [n for n in trained(t) if n.startswith("vis")]
+    for bad, word in (("layers.9", "layers.9"), ("text,vision", "不剩"), ("(", "正则")):
+        with pytest.raises(VembedError, match=word): fit("x" + bad[:1], freeze=bad)
+
+
+@covers("gradient_checkpointing")
+def test_gradient_checkpointing(fit, monkeypatch):
+    "每一层真的重算了；梯度和不重算时一样。"
+    from transformers.models.clip.modeling_clip import CLIPMLP
+
+    calls, real = [], CLIPMLP.forward
+    def count(**kw):
+        with monkeypatch.context() as m:
+            m.setattr(CLIPMLP, "forward", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
+            calls.clear()
+            return fit(str(kw), **kw), len(calls)
+
+    (plain, n), (again, m) = count(), count(gradient_checkpointing=True)
+    assert m == 2 * n > 0 and losses(again) == pytest.approx(losses(plain), rel=1e-5)
+    (a, n), (b, m) = count(use_lora=True), count(use_lora=True, gradient_checkpointing=True)
+    assert m == 2 * n and losses(a) == pytest.approx(losses(b), rel=1e-4) and a.history[0]["grad_norm"] == pytest.approx(b.history[0]["grad_norm"], rel=1e-4)
+
+
 @covers("mixed_precision")
 def test_mixed_precision(fit):
     "同一个进程里可以换精度；bf16 的损失与 fp32 相近而不相等；CPU 上的 fp16 说清楚为什么不行。"

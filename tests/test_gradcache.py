@@ -247,12 +247,12 @@ def flat(*modules): return torch.cat([(torch.zeros_like(p) if p.grad is None els
 def test_check_changes_nothing():
     case, loss = P.make_case("towers", dropout=.2), P.make_loss("distill_mix")
     modules = [case.encoder, loss]
-    for p in case.encoder.text.parameters(): p.grad = torch.ones_like(p)
+    for p in case.encoder.model.text.parameters(): p.grad = torch.ones_like(p)
     before = [(p.clone(), p.grad) for m in modules for p in m.parameters()]
     state, modes, step = torch.get_rng_state(), [m.training for e in modules for m in e.modules()], int(loss.step)
     assert P.check_gradcache(case.encoder, loss, case.q, case.d, targets=case.targets, keep=2**20).ok
     after = [(p, p.grad) for m in modules for p in m.parameters()]
-    assert all(torch.equal(a, b) and g is h for (a, g), (b, h) in zip(before, after)) and all(bool((p.grad == 1).all()) for p in case.encoder.text.parameters())
+    assert all(torch.equal(a, b) and g is h for (a, g), (b, h) in zip(before, after)) and all(bool((p.grad == 1).all()) for p in case.encoder.model.text.parameters())
     assert torch.equal(state, torch.get_rng_state()) and int(loss.step) == step == 0 and modes == [m.training for e in modules for m in e.modules()]
 
 
@@ -455,7 +455,11 @@ def test_batchnorm_is_refused_or_frozen():
 
 def test_batchnorm_without_running_statistics_is_refused():
     "它在 eval 状态也用这一块的统计量。"
-    net = P.Net(lambda net, x: Embeddings(net.norm(x["x"])), norm=nn.BatchNorm1d(12, track_running_stats=False)).eval()
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.norm = nn.BatchNorm1d(12, track_running_stats=False)
+        def forward(self, x): return Embeddings(self.norm(x["x"]))
+
+    net = Net().eval()
     with pytest.raises(VembedError, match="track_running_stats"): GradCache(net, InfoNCE(), 4).step(batch(), batch(seed=1), targets=ids())
 
 

@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 # %% ../nbs/99_init.ipynb #e69cd2d5
 _ROOMS = {
-    "Trainer": "train.trainer", "Predictor": "predict", "TrainConfig": "config", "load_encoder": "models.load", "load_config": "config",
+    "Trainer": "train.trainer", "Predictor": "predict", "TrainConfig": "config", "load_encoder": "models.load", "load_reranker": "models.load", "load_config": "config",
+    "compose": "models.composed", "lora": "models.adapt", "trainable_table": "models.adapt", "save_adapter": "models.adapt", "load_adapter": "models.adapt",
+    "export_sentence_transformers": "ship.export", "export_onnx": "ship.export", "OnnxEncoder": "ship.export", "push_to_hub": "ship.export", "heat": "show.heat",
     "InfoNCE": "losses.contrastive", "SigmoidLoss": "losses.contrastive", "Targets": "losses.targets", "make_targets": "losses.targets", "false_negatives": "losses.targets",
     "TripletLoss": "losses.pairwise", "CoSENT": "losses.pairwise", "AnglE": "losses.pairwise", "ColBERTLoss": "losses.late", "pool_tokens": "losses.late",
     "Matryoshka": "losses.matryoshka", "Distill": "losses.distill", "DistillKL": "losses.distill", "RankEmbeddings": "losses.rank", "maxsim": "vectors", "Embeddings": "vectors",
@@ -21,7 +23,7 @@ _ROOMS = {
     "Item": "data.tasks", "Record": "data.tasks", "read_records": "data.read", "read_corpus": "data.read", "check_data": "data.check", "from_table": "data.table",
     "evaluate_encoder": "evaluate.report", "EvalReport": "evaluate.report", "compare_reports": "evaluate.report", "VectorIndex": "search.index", "load_index": "search.index",
     "Searcher": "search.searcher", "build_index": "search.searcher", "Hits": "search.searcher", "gallery": "show.gallery", "curves": "show.curves",
-    "write_toyshop": "toyshop", "VembedError": "core",
+    "write_toyshop": "toyshop", "write_toypages": "toypages", "VembedError": "core",
 }
 
 __all__ = sorted(_ROOMS)

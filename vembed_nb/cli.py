@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
-           'data_toyshop', 'data_check', 'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
+           'export_command', 'data_toyshop', 'data_check', 'data_table', 'data_emoji', 'doctor_command',
+           'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
@@ -184,6 +185,24 @@ def search(query: str = typer.Argument(..., help="一句话，或一张图的路
     else:
         for h in hits.to_dict()["hits"]: print(f"{h['rank']:>3}  {h['score']:.3f}  {h.get('image') or h.get('text') or h['id']}")
 
+# %% ../nbs/98_cli.ipynb #d22cad21
+@app.command("export")
+def export_command(model: str = typer.Argument(..., help="tiny 名、模型文件夹或训练输出文件夹"), to: str = opt(..., "st（sentence-transformers）、onnx、int8（ONNX，文字塔量化）或 merged（合并 LoRA）", "--to"), out: str = opt(..., "新的文件夹", "--out"),
+                   overwrite: bool = opt(False, "替换旧的导出", "--overwrite")):
+    "把模型换成别处能用的样子，向量不变；换不了的说出为什么。"
+    from vembed_nb.core import check_dir, did_you_mean
+    kinds = ("st", "onnx", "int8", "merged")
+    if to not in kinds: raise VembedError(f"--to {to!r} 不行。{did_you_mean(to, kinds)}可选 {'、'.join(kinds)}")
+    check_dir(out, overwrite)
+    from vembed_nb.models.load import load_encoder
+    from vembed_nb.ship import export as ship
+    encoder = load_encoder(model)
+    {"st": ship.export_sentence_transformers, "merged": ship.export_merged}.get(to, ship.export_onnx)(encoder, out, overwrite)
+    report = ship.quantize_onnx(out) if to == "int8" else {}
+    for name, r in report.items(): print(f"{name} 塔 {r['mb'][0]} MB → {r['mb'][1]} MB，核对样本上与 fp32 的余弦至少 {r['cosine'][1]:.4f}")
+    use = {"st": f"SentenceTransformer({out!r})", "merged": f"load_encoder({out!r})", "onnx": f"OnnxEncoder({out!r})", "int8": f"OnnxEncoder({out!r}, 'int8')"}[to]
+    print(f"写在 {out}；打开：{use}")
+
 # %% ../nbs/98_cli.ipynb #ed4b626a
 @data_app.command("toyshop")
 def data_toyshop(out: str = opt("toyshop", "输出文件夹", "--out"), train: int = opt(4000, "训练图片数", "--train"), val: int = opt(300, "验证图片数", "--val"), test: int = opt(1000, "测试图片数", "--test"),
@@ -228,11 +247,35 @@ def doctor_command(as_json: bool = opt(False, "输出 JSON", "--json")):
     print(json.dumps(report, ensure_ascii=False, indent=2) if as_json else doctor_text(report))
     return 1 if report["problems"] else 0
 
+def _recipe(name, out, emoji, work, steps, seed):
+    "一个小模型的预训练和零样本评测。"
+    more, shop = {"seed": seed, **({"steps": steps} if steps else {})}, Path(work)/"shop-A-8000"
+    if name in ("tiny-clip", "tiny-siglip"):
+        from vembed_nb.pretrain import STEPS, pretrain, zero_shot
+        pretrain(name, out, emoji, work, **{"steps": STEPS[name], **more})
+        return zero_shot(out, emoji, work)
+    if name == "tiny-bert-dinov2":
+        from vembed_nb.pretrain_composed import pretrain_composed, zero_shot_composed
+        pretrain_composed(out, emoji, work, **more)
+        return zero_shot_composed(out, emoji, work)
+    if name == "tiny-qwen3vl":
+        from vembed_nb.pretrain_vlm import pretrain_vlm, zero_shot_vlm
+        pretrain_vlm(out, shop, **more)
+        return zero_shot_vlm(out, work)
+    if steps: raise VembedError(f"{name} 的训练分成几段，不能用 --steps 改；去掉它")
+    if name == "tiny-colqwen2":
+        from vembed_nb.pretrain_late import pretrain_late
+        return pretrain_late(out, work, seed=seed)["zero_shot"]
+    from vembed_nb.pretrain_reranker import pretrain_reranker, report_tiny
+    pretrain_reranker(out, shop, seed=seed)
+    return report_tiny(out, work)
+
+# %% ../nbs/98_cli.ipynb #6deed6fb
 @app.command("pretrain")
-def pretrain_command(name: str = typer.Argument("tiny-clip", help="tiny-clip 或 tiny-siglip"), out: str = opt(..., "输出文件夹", "--out"), emoji: str = opt("", "vembed data emoji 写的文件夹；空着就只用玩具店", "--emoji"),
+def pretrain_command(name: str = typer.Argument("tiny-clip", help="随包小模型的名字"), out: str = opt(..., "输出文件夹", "--out"), emoji: str = opt("", "vembed data emoji 写的文件夹；空着就只用玩具店（tiny-clip、tiny-siglip、tiny-bert-dinov2）", "--emoji"),
                      work: str = opt("pretrain-work", "中间文件放在这里", "--work"), steps: int = opt(0, "步数；0 表示随包模型用的步数", "--steps"), seed: int = opt(0, "种子", "--seed")):
-    "重做随包小模型的预训练（两个核约半小时）。"
-    from vembed_nb.pretrain import STEPS, pretrain, zero_shot
-    if name not in STEPS: raise VembedError(f"没有小模型 {name!r}；有 {'、'.join(STEPS)}")
-    pretrain(name, out, emoji, work, steps or STEPS[name], seed=seed)
-    print(json.dumps(zero_shot(out, emoji, work), ensure_ascii=False, indent=2))
+    "重做随包小模型的预训练（CPU 上最多约半小时）。"
+    from vembed_nb.core import did_you_mean
+    from vembed_nb.tiny import TINY
+    if name not in TINY: raise VembedError(f"没有小模型 {name!r}。{did_you_mean(name, TINY)}有 {'、'.join(TINY)}")
+    print(json.dumps(_recipe(name, out, emoji, work, steps, seed), ensure_ascii=False, indent=2))

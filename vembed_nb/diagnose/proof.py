@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUERIES', 'DOCS', 'OWNERS', 'DIM', 'END', 'IMAGE', 'START', 'STOP', 'FAMILIES', 'OBJECTIVES', 'CONDITIONS', 'WHOLE',
            'TWICE', 'gradients', 'plain_step', 'Proof', 'compare', 'check_gradcache', 'Case', 'make_batch_targets',
-           'words', 'mixed', 'dual', 'Net', 'pages', 'vlm', 'late', 'towers', 'pair', 'make_case', 'Objective',
-           'objectives_for', 'make_loss', 'Condition', 'part', 'accumulate', 'prove', 'Job', 'rank_gradients',
+           'words', 'mixed', 'dual', 'bare', 'pages', 'vlm', 'late', 'towers', 'pair', 'make_case', 'Objective',
+           'objectives_for', 'make_loss', 'Condition', 'part', 'Normed', 'accumulate', 'prove', 'Job', 'rank_gradients',
            'check_ranks']
 
 # %% ../../nbs/74_diagnose.proof.ipynb #e48c7808
@@ -27,7 +27,10 @@ from ..losses.pairwise import AnglE, CoSENT, TripletLoss
 from ..losses.rank import BCE, CrossEntropy, LambdaLoss, ListNet, MarginMSE, RankEmbeddings, RankNet
 from ..losses.targets import Targets, make_targets
 from ..models.base import ModelCard, quiet
+from ..models.composed import ComposedEncoder, ImageTower, TextTower, Towers
 from ..models.dual import DualEncoder
+from ..models.late import VERSIONS as LATE, LateEncoder
+from ..models.vlm import VLMEncoder
 from ..train.dist import run_ranks, world
 from ..vectors import Embeddings, concat, maxsim, normalize
 
@@ -209,17 +212,15 @@ def dual(
 # %% ../../nbs/74_diagnose.proof.ipynb #7679e19e
 IMAGE, START, STOP = 60, 62, 63  # 图的占位 token，图的开始，图的结束
 
-class Net(nn.Module):
-    "几个 transformers 的模型，加一个从它们到嵌入的函数。"
-    def __init__(self,
-        how,  # 函数 (net, Inputs) → Embeddings
-        **parts,  # 名字 → nn.Module
-    ):
-        super().__init__()
-        self.how = how
-        for name, part in parts.items(): setattr(self, name, part)
-
-    def forward(self, inputs): return self.how(self, inputs)
+def bare(
+    cls,  # 编码器的类
+    **parts,  # 它的 `forward` 要用的属性
+):  # 没有分词器和图像处理器的编码器
+    "只会前向的编码器：输入在这里直接造成张量，用不到 `preprocess`。"
+    encoder = cls.__new__(cls)
+    nn.Module.__init__(encoder)
+    for name, part in parts.items(): setattr(encoder, name, part)
+    return encoder
 
 def pages(
     grids,  # 每个样本的图：[[(高, 宽)]]，单位是 patch，都是偶数
@@ -234,20 +235,6 @@ def pages(
     if not any(patches): return Inputs(n, tensors)
     tensors |= {"pixel_values": torch.randn(sum(map(sum, patches)), 3 * 2 * 4 * 4, generator=g), "image_grid_thw": torch.tensor([[1, h, w] for sample in grids for h, w in sample])}
     return Inputs(n, tensors, {"pixel_values": torch.tensor([sum(p) for p in patches]), "image_grid_thw": torch.tensor([len(p) for p in patches])})
-
-def _qwen_states(model, inputs):
-    "Qwen-VL 各层的输出 [n, L, D] 和掩码 [n, L]；切到这一块里最长的。"
-    L = int(inputs["attention_mask"].sum(1).max())
-    ids, mask = inputs["input_ids"][:, :L], inputs["attention_mask"][:, :L]
-    seen = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
-    if seen: seen["mm_token_type_ids"] = (ids == IMAGE).int()
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True, **seen).hidden_states, mask.bool()
-
-def _last_token(net, inputs):
-    "最后一个真实的 token，最后一层和较浅各层。"
-    states, mask = _qwen_states(net.model, inputs)
-    pick = lambda x: normalize(x[torch.arange(len(x)), mask.sum(1) - 1])
-    return Embeddings(pick(states[-1]), None, [pick(x) for x in states[1:-1]])
 
 def _qwen_sizes(dropout):
     "Qwen 系共用的尺寸。"
@@ -266,14 +253,10 @@ def vlm(
     config = tf.Qwen3VLConfig(text_config=text | dict(head_dim=8, rope_parameters=rope), **ids,
                               vision_config=vision | dict(hidden_size=16, intermediate_size=32, out_hidden_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0]))
     q, d = [[], [], [(2, 2)], [], [(2, 4), (2, 2)]], [[(4, 4)], [(2, 4)], [(2, 2), (4, 2)], [], [(4, 2)], [], [(2, 2)], [(2, 2), (2, 2), (4, 4)]]
-    return Net(_last_token, model=tf.Qwen3VLModel(config)), pages(q, g), pages(d, g)
+    card = ModelCard("vlm", "qwen3_vl", DIM, 128, pooling="last")
+    return bare(VLMEncoder, model=tf.Qwen3VLModel(config), output_layers=(1,), card=card), pages(q, g), pages(d, g)
 
 # %% ../../nbs/74_diagnose.proof.ipynb #e2a073f4
-def _every_token(net, inputs):
-    "每个 token 的投影和掩码。"
-    states, mask = _qwen_states(net.model.vlm, inputs)
-    return Embeddings(normalize(net.model.embedding_proj_layer(states[-1])), mask)
-
 def late(
     g: torch.Generator,  # 随机数
     dropout: float = 0.0,  # 0 到 1
@@ -284,27 +267,19 @@ def late(
     vlm_config = dict(model_type="qwen2_vl", text_config=text | dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}),
                       vision_config=vision | dict(embed_dim=16, hidden_size=16, mlp_ratio=2), **ids)
     model = tf.ColQwen2ForRetrieval(tf.ColQwen2Config(vlm_config=vlm_config, embedding_dim=DIM))
-    return Net(_every_token, model=model), pages([[]] * 5, g), pages([[(4, 4)], [(2, 4)], [(2, 2), (4, 2)], [(2, 2)], [(4, 2)], [], [], [(4, 4)]], g)
+    card = ModelCard("late", "colqwen2", DIM, 128, multi_vector=True, options=dict(document_tokens="all", positions="grid"))
+    return bare(LateEncoder, model=model, how=LATE["colqwen2"], image_id=IMAGE, card=card), pages([[]] * 5, g), pages([[(4, 4)], [(2, 4)], [(2, 2), (4, 2)], [(2, 2)], [(4, 2)], [], [], [(4, 4)]], g)
 
 # %% ../../nbs/74_diagnose.proof.ipynb #8e2324b0
-def _add_up(net, inputs):
-    "有字就编码字，有图就编码图，相加再归一化。"
-    out = inputs.sizes[next(iter(inputs.tensors))].new_zeros(len(inputs), DIM, dtype=torch.float)
-    if "input_ids" in inputs:
-        mask = inputs["attention_mask"]
-        h = net.text(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-        out = out.index_add(0, inputs.rows("input_ids"), normalize(net.text_head((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))))
-    if "pixel_values" in inputs:
-        out = out.index_add(0, inputs.rows("pixel_values"), normalize(net.image_head(net.image(pixel_values=inputs["pixel_values"]).pooler_output)))
-    return Embeddings(normalize(out))
-
 def _two_towers(dropout):
     "BERT 的一半和 DINOv2 的一半。"
     import transformers as tf
     size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=.3)
     text = tf.BertModel(tf.BertConfig(**size, vocab_size=40, intermediate_size=32, max_position_embeddings=8, use_cache=False), add_pooling_layer=False)
     image = tf.Dinov2Model(tf.Dinov2Config(**size, mlp_ratio=2, image_size=16, patch_size=8))
-    return dict(text=text, text_head=nn.Linear(16, DIM)), dict(image=image, image_head=nn.Linear(16, DIM))
+    return dict(text=TextTower(text, "mean", [[16, DIM, True, ""]])), dict(image=ImageTower(image, "cls", [[16, DIM, True, ""]]))
+
+def _composed(**towers): return ComposedEncoder(Towers(**towers), card=ModelCard("composed", "bert+dinov2", DIM, 8))
 
 def towers(
     g: torch.Generator,  # 随机数
@@ -312,7 +287,7 @@ def towers(
 ) -> tuple:  # (编码器, 5 个不同的查询, 8 个不同的文档)
     "BERT + DINOv2，一个编码器。"
     text, image = _two_towers(dropout)
-    return Net(_add_up, **text, **image), mixed(5, [0, 1, 2, 4], [3, 4], g), mixed(8, [3, 5, 6], [0, 1, 2, 4, 6, 7], g)
+    return _composed(**text, **image), mixed(5, [0, 1, 2, 4], [3, 4], g), mixed(8, [3, 5, 6], [0, 1, 2, 4, 6, 7], g)
 
 def pair(
     g: torch.Generator,  # 随机数
@@ -320,7 +295,7 @@ def pair(
 ) -> tuple:  # (编码器, 5 个不同的查询, 8 个不同的文档)
     "BERT 编码查询，DINOv2 编码文档：两个编码器。"
     text, image = _two_towers(dropout)
-    return [Net(_add_up, **text), Net(_add_up, **image)], mixed(5, range(5), [], g), mixed(8, [], range(8), g)
+    return [_composed(**text), _composed(**image)], mixed(5, range(5), [], g), mixed(8, [], range(8), g)
 
 # %% ../../nbs/74_diagnose.proof.ipynb #ae12673e
 FAMILIES = {  # 名字 → (怎么造, 单向量还是多向量, 冻结时名字里含有这个词的参数)
@@ -459,16 +434,23 @@ def _freeze(case, word):
         for n, p in e.named_parameters(): p.requires_grad_(word not in n)
     return {}
 
-def _normed(net, inputs):
+class Normed(nn.Module):
     "编码，再过一层 BatchNorm。"
-    e = net.encoder(inputs)
-    return e.replaced([net.norm(x.flatten(0, -2)).view_as(x) for x in e.tensors()])
+    def __init__(self,
+        encoder,  # 编码器
+    ):
+        super().__init__()
+        self.encoder, self.norm = encoder, nn.BatchNorm1d(DIM)
+
+    def forward(self, inputs):
+        e = self.encoder(inputs)
+        return e.replaced([self.norm(x.flatten(0, -2)).view_as(x) for x in e.tensors()])
 
 def _add_batchnorm(case, word):
     "编码器最后加一层 BatchNorm，固定在 eval 状态。"
     made = {}
     for m in case.modules:
-        made[id(m)] = Net(_normed, encoder=m, norm=nn.BatchNorm1d(DIM)).train()
+        made[id(m)] = Normed(m).train()
         made[id(m)].norm.running_mean.copy_(torch.linspace(-.1, .1, DIM)), made[id(m)].norm.running_var.copy_(torch.linspace(.5, 2, DIM))
         freeze_batchnorm(made[id(m)])
     case.encoder = [made[id(e)] for e in case.encoder] if isinstance(case.encoder, list) else made[id(case.encoder)]

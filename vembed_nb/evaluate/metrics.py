@@ -10,21 +10,23 @@ import numpy as np
 import torch
 
 from ..core import VembedError
-from ..vectors import normalize
+from ..vectors import Embeddings, maxsim, normalize, pool
 
 # %% ../../nbs/40_evaluate.metrics.ipynb #4c36b6d3
 def positive_ranks(
-    q: torch.Tensor,  # [Nq, D] 查询
-    d: torch.Tensor,  # [Nd, D] 图库
+    q,  # [Nq, D] 查询；或多向量的 Embeddings，用 MaxSim 比
+    d,  # [Nd, D] 图库；与 q 同一种
     positives: list,  # [Nq] 每个查询的正例在图库里的序号
     exclude=None,  # [Nq] 每个查询要排除的图库序号（图搜图时的自己），可为 None
     block: int = 1024,  # 一次算多少个查询
 ) -> list:  # [Nq] 每个查询的正例名次，升序的 int 数组
     "每个正例的名次，1 起。没有正例的查询、越界的序号抛 `VembedError`。"
     if len(q) != len(positives): raise VembedError(f"有 {len(q)} 个查询向量，却有 {len(positives)} 组正例")
-    q, d, out = normalize(q), normalize(d), []
+    multi, out = isinstance(q, Embeddings), []
+    if not multi: q, d = normalize(q), normalize(d)
     for start in range(0, len(q), block):
-        scores = q[start:start + block] @ d.T
+        rows = slice(start, start + block)
+        scores = maxsim(Embeddings(q.vectors[rows], q.mask[rows]), d) if multi else q[rows] @ d.T
         for i in range(len(scores)):
             if exclude is not None and len(exclude[start + i]): scores[i, exclude[start + i]] = -float("inf")
         order = scores.argsort(dim=1, descending=True, stable=True)
@@ -75,10 +77,11 @@ def bootstrap_ci(
 
 # %% ../../nbs/40_evaluate.metrics.ipynb #7ef3bf23
 def health(
-    x: torch.Tensor,  # [N, D] 向量，N ≥ 2
+    x,  # [N, D] 向量，N ≥ 2；多向量的 Embeddings 先取各 token 的平均
     limit: int = 2000,  # 最多看几个
 ) -> dict:  # {"mean_cosine": …, "effective_rank": …}
     "向量的健康状况：平均余弦越小、有效秩越大越好。"
+    if isinstance(x, Embeddings): x = pool(x.vectors[:limit], x.mask[:limit], "mean")
     x = normalize(x[:limit])
     n = len(x)
     if n < 2: return {"mean_cosine": 1.0, "effective_rank": 1.0}

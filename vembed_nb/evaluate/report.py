@@ -62,8 +62,8 @@ def evaluate_encoder(
     return report_from_vectors(q, d, records, ids, items, name)
 
 def report_from_vectors(
-    q,  # [Nq, D] 查询向量，次序与 records 相同
-    d,  # [Nd, D] 图库向量，次序与 ids 相同
+    q,  # [Nq, D] 查询向量，次序与 records 相同；多向量模型是 Embeddings，用 MaxSim 比
+    d,  # [Nd, D] 图库向量，次序与 ids 相同；与 q 同一种
     records,  # Record 的列表
     ids,  # [Nd] 图库的 id
     items,  # [Nd] 图库的 Item

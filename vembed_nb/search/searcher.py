@@ -64,6 +64,7 @@ def build_index(
     batch_size: int = 128,  # 编码时每批几个
 ) -> VectorIndex:
     "编码一个图库并建索引。"
+    if encoder.card.multi_vector: raise VembedError(f"{encoder.card.model_type} 每个 token 一个向量，这种索引放不下；用 encoder.encode 和 vectors.maxsim 直接比较，或换一个单向量的模型")
     ids, items, metas = corpus
     relative = lambda p: os.path.relpath(p, out) if out and p and Path(p).exists() else str(p)
     info = {"model": relative(model), "fingerprint": fingerprint(encoder), "image_root": relative(image_root or "."), "notes": encoder.card.model_type}
