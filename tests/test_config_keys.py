@@ -171,6 +171,22 @@ def test_loss_type(fit):
     auto, nce, sig = (fit(k, loss_type=k) for k in ("auto", "infonce", "sigmoid"))
     assert losses(auto) == losses(nce) != losses(sig)
     assert "bias" in sig.history[0] and "bias" not in nce.history[0]
+    with pytest.raises(VembedError, match="colbert"): fit("colbert", loss_type="colbert")
+
+
+def test_loss_type_of_a_late_model(shop, tmp_path):
+    "每个 token 一个向量的模型：auto 就是 colbert，能训、能评、能存；infonce 在动输出文件夹之前就被拒绝。"
+    import micro_late
+
+    from vembed_nb.train.trainer import Trainer
+
+    model, data = str(micro_late.build(tmp_path/"m")), dict(data_path=shop/"train.jsonl", val_data_path=str(shop/"val.jsonl"), output_dir=str(tmp_path/"out"), epochs=1, batch_size=4, max_steps=2, gradient_cache_chunk_size=2)
+    t = Trainer(model)
+    history = t.train(**data)
+    assert type(t.loss).__name__ == "ColBERTLoss" and any("val_hit@1" in h for h in history)
+    kept = sorted(p.name for p in (tmp_path/"out").iterdir())
+    with pytest.raises(VembedError, match="colbert"): Trainer(model, loss_type="infonce").train(**data, overwrite=True)
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == kept
 
 
 @covers("temperature")

@@ -160,3 +160,168 @@ def test_reranker_is_not_an_encoder():
 def test_resolve():
     assert resolve_model("tiny-clip") == str(tiny_path("tiny-clip"))
     assert resolve_model("openai/clip-vit-base-patch32") == "openai/clip-vit-base-patch32"
+
+
+# ---- encode 的坏输入，和不许悄悄出错的几件事 ----
+
+@pytest.fixture(scope="module")
+def encoders(models): return {name: load_encoder(folder) for name, folder in models.items()}
+
+
+@pytest.mark.parametrize("items, match", [("红色的杯子", "一列"), (Item("红"), "一列"), (7, "一列"), ({"text": "红"}, "一列"), (["\ud800x"], "半个字符"), ([Item(3)], "字符串"), ([Item(image=3.5)], "PIL.Image")],
+                         ids=["bare string", "bare Item", "number", "dict", "surrogate", "text is a number", "image is a number"])
+def test_encode_refuses(encoders, items, match):
+    for enc in encoders.values():
+        if "image" in enc.can or match != "PIL.Image": refused(match, lambda: enc.encode(items))
+
+
+def test_role_is_checked(encoders):
+    for enc in encoders.values(): refused("role", lambda: enc.encode(["红"], role="qurey"))
+
+
+def test_paths_and_arrays(encoders, tmp_path):
+    "pathlib 的路径可以用；数组要先变成图。"
+    import numpy as np
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path/"a.png")
+    for name, enc in encoders.items():
+        if "image" not in enc.can: continue
+        same = lambda a, b: torch.equal(getattr(a, "vectors", a), getattr(b, "vectors", b))
+        assert same(enc.encode([tmp_path/"a.png"], image_root=tmp_path), enc.encode([Item(image="a.png")], image_root=tmp_path))
+        assert same(enc.encode([Item(image=tmp_path/"a.png")], image_root=tmp_path), enc.encode([Item(image="a.png")], image_root=tmp_path))
+        refused("fromarray", lambda: enc.encode([Item(image=np.zeros((8, 8, 3), np.uint8))]))
+
+
+def test_pictures_that_only_look_equal(encoders):
+    "调色板、方向、透明不写在像素里：两张像素相同、样子不同的图，不许当成一张。"
+    first = Image.effect_noise((32, 32), 90).convert("P")
+    second = first.copy()
+    second.putpalette([255 - x for x in first.getpalette()])
+    upright, turned = Image.effect_noise((32, 24), 90).convert("RGB"), None
+    turned = upright.copy()
+    turned.getexif()[0x0112] = 6
+    for name, enc in encoders.items():
+        if "image" not in enc.can: continue
+        for a, b in ((first, second), (upright, turned)):
+            together, alone = (enc.encode([Item(image=a), Item(image=b)]), [enc.encode([Item(image=i)]) for i in (a, b)])
+            v = lambda x, k: (x.vectors[k][x.mask[k]] if hasattr(x, "mask") else x[k])
+            for k in (0, 1): assert v(together, k).shape == v(alone[k], 0).shape and float((v(together, k) - v(alone[k], 0)).abs().max()) < 2e-5, name
+            assert v(together, 0).shape != v(together, 1).shape or float((v(together, 0) - v(together, 1)).abs().max()) > 1e-3, name
+
+
+def test_equal_pictures_once(encoders):
+    "像素相同的两张图只算一次。"
+    enc, im = encoders["clip"], Image.effect_noise((32, 32), 90).convert("RGB")
+    seen, real = [], enc.preprocess
+    enc.__dict__["preprocess"] = lambda items, *a: seen.extend(items) or real(items, *a)
+    try: enc.encode([Item(image=im), Item(image=im.copy()), Item(image=im.rotate(90))])
+    finally: del enc.__dict__["preprocess"]
+    assert len(seen) == 2
+
+
+def test_thin_pictures(encoders):
+    for enc in encoders.values():
+        if "image" in enc.can: refused("狭长", lambda: enc.encode([Item(image=Image.new("RGB", (1, 3000)))]))
+
+
+def test_empty_text_of_a_late_model(encoders): refused("空的", lambda: encoders["late"].encode(["杯子", ""]))
+
+
+def test_special_tokens_are_just_letters(encoders):
+    "文字里写着 <eos>：后面的字照样算数。"
+    for name in ("clip", "bert"):
+        a, b = encoders[name].encode(["红<eos>杯子", "红<eos>两个蓝色的瓶子"])
+        assert float((a - b).abs().max()) > 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["clip", "vlm", "late", "bert", "both"])
+def test_without_normalising(models, tmp_path, name):
+    "card.normalize=False：整批、单独、塔、存取，都是同样的没有归一化的向量。"
+    enc = load_encoder(models[name])
+    enc.card.normalize = False
+    texts = ["红", "两个蓝色的杯子"]
+    v = lambda e: [r for x in [e.encode(texts)] for r in ([a[m] for a, m in zip(x.vectors, x.mask)] if hasattr(x, "mask") else x)]
+    before = v(enc)
+    assert any(abs(float(x.norm(dim=-1).max()) - 1) > 1e-3 for x in before)
+    enc.save(tmp_path/"m")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, v(load_encoder(tmp_path/"m"))))
+    if tower := enc.towers().get("text"):
+        inputs = enc.preprocess([Item(t) for t in texts])
+        with torch.inference_mode(): out = tower(**{k: t for k, t in inputs.tensors.items()})
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, out))
+
+
+def test_saving_over_another_model(models, tmp_path):
+    "文件夹里是另一种模型：拒绝，旧的完好；同一种模型：换掉，不留旧文件。"
+    shutil.copytree(models["both"], tmp_path/"m")
+    refused("另一种模型", lambda: load_encoder(models["bert"]).save(tmp_path/"m"))
+    refused("另一种模型", lambda: load_encoder(models["clip"]).save(tmp_path/"m"))
+    assert load_encoder(tmp_path/"m").family == "composed"
+    (tmp_path/"hub").mkdir(); shutil.copy(f"{models['clip']}/config.json", tmp_path/"hub")
+    refused("不是本工具存的", lambda: load_encoder(models["clip"]).save(tmp_path/"hub"))
+    other = load_encoder(str(micro_composed.build(tmp_path/"other", seed=5)))
+    other.save(tmp_path/"m")
+    assert torch.equal(load_encoder(tmp_path/"m").encode(["红"]), other.encode(["红"]))
+
+
+@pytest.mark.parametrize("change", [dict(dim=64), dict(dim="16"), dict(normalize="false"), dict(prompts={"qeury": "x"}), dict(prompts={"query": 3}), dict(options=None), dict(max_length="32"), dict(pooling="middle"), dict(model_type="bert"), dict(multi_vector=1)],
+                         ids=lambda c: next(iter(c)) + "=" + str(next(iter(c.values()))))
+def test_card_edited_by_hand(models, tmp_path, change):
+    for name in ("clip", "vlm", "late"):
+        shutil.rmtree(tmp_path/"m", ignore_errors=True); shutil.copytree(models[name], tmp_path/"m")
+        card = json.loads((tmp_path/"m"/"vembed.json").read_text())
+        (tmp_path/"m"/"vembed.json").write_text(json.dumps(card | change))
+        refused("vembed.json", lambda: load_encoder(tmp_path/"m"))
+
+
+# ---- 适配器 ----
+
+def test_adapter_switches(models, tmp_path):
+    from vembed_nb.models import adapt
+
+    enc = adapt.lora(load_encoder(models["both"]), r=2, verbose=False)
+    base = load_encoder(models["both"]).encode(["红"])
+    adapt.use_adapter(enc, None)
+    refused("只用底座", lambda: enc.save(tmp_path/"off"))
+    refused("只用底座", lambda: adapt.merge(enc))
+    adapt.add_adapter(enc, "c", r=2)
+    for n, p in enc.named_parameters():
+        if "lora_B.c" in n: p.data.normal_()
+    assert float((enc.encode(["红"]) - base).abs().max()) > 1e-3, "新加的适配器没有起作用"
+
+
+def test_adapter_never_inside_its_base(models, tmp_path):
+    from vembed_nb.models import adapt
+
+    shutil.copytree(models["both"], tmp_path/"base")
+    before = load_encoder(tmp_path/"base").encode(["红"])
+    enc = adapt.lora(load_encoder(tmp_path/"base"), r=2, verbose=False)
+    refused("适配器不能存在里面", lambda: enc.save(tmp_path/"base"))
+    assert torch.equal(load_encoder(tmp_path/"base").encode(["红"]), before)
+
+
+def test_adapter_of_a_changed_base(models, tmp_path):
+    "打开之后又训练过的底座：存适配器的时候就说，不等到打不开。"
+    from vembed_nb.models import adapt
+
+    enc = load_encoder(models["clip"])
+    with torch.no_grad(): next(p for p in enc.parameters() if p.ndim == 2).add_(.1)
+    adapt.lora(enc, r=2, verbose=False)
+    refused("变过", lambda: enc.save(tmp_path/"a"))
+
+
+def test_adapter_and_relative_paths(models, tmp_path, monkeypatch):
+    import os
+    import pickle
+
+    from vembed_nb.models import adapt
+
+    shutil.copytree(models["clip"], tmp_path/"base")
+    monkeypatch.chdir(tmp_path)
+    enc = adapt.lora(load_encoder("base"), r=2, verbose=False)
+    os.chdir("/")
+    enc.save(tmp_path/"deep"/"adapter")
+    assert torch.equal(load_encoder(tmp_path/"deep"/"adapter").encode(["红"]), enc.encode(["红"]))
+    assert torch.equal(pickle.loads(pickle.dumps(enc)).encode(["红"]), enc.encode(["红"]))
+    adapt.freeze(frozen := load_encoder(models["clip"]), "text")
+    assert torch.equal(pickle.loads(pickle.dumps(frozen)).train().encode(["红"]), frozen.encode(["红"]))

@@ -118,6 +118,8 @@ def test_gradients_reach_everything(folders, name):
     assert not [n for n in dead if "bias" not in n], dead  # 有的偏置恰好没有作用（键的偏置）
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_lora_merge(folders):
     from peft import LoraConfig, get_peft_model
 

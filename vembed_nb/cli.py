@@ -134,7 +134,7 @@ def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = op
     if json_path: write_json(json_path, {**{k: report.metrics[k] for k in SHOWN}, **report.to_dict()})
 
 @app.command()
-def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="文字、图片路径，或一个 .jsonl/.csv 图库文件"), model: str = opt("tiny-clip", "模型", "--model"), out: str = opt(..., "输出 .npz（ids 和 vectors）", "--out"),
+def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="文字、图片路径，或一个 .jsonl/.csv 图库文件"), model: str = opt("tiny-clip", "模型", "--model"), out: str = opt(..., "输出 .npz（ids 和 vectors；晚交互的模型还有 mask）", "--out"),
            image_root: str = opt("", "图片根目录", "--image-root"), dim: int = opt(0, "只要前几维；0 表示全部", "--dim"), role: str = opt("document", "query 或 document", "--role")):
     "把文字、图片或整个图库编码成向量。"
     import numpy as np
@@ -148,8 +148,10 @@ def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="�
     else: ids, items = inputs, list(inputs)
     vectors = Predictor(load_encoder(model), image_root=image_root).encode(items, dim or None, role=role)
     out = out if out.endswith(".npz") else f"{out}.npz"
-    with atomic_file(out) as tmp: np.savez(tmp, ids=np.array(ids), vectors=vectors.numpy())
-    print(f"{len(ids)} 个向量，{vectors.shape[1]} 维，写在 {out}")
+    mask = getattr(vectors, "mask", None)  # 每个 token 一个向量的模型才有
+    arrays = {"vectors": vectors.numpy()} if mask is None else {"vectors": vectors.vectors.numpy(), "mask": mask.numpy()}
+    with atomic_file(out) as tmp: np.savez(tmp, ids=np.array(ids), **arrays)
+    print(f"{len(ids)} 个{'向量' if mask is None else '样本，每个 token 一个向量'}，{arrays['vectors'].shape[-1]} 维，写在 {out}")
 
 # %% ../nbs/98_cli.ipynb #8717cbd7
 @app.command("index")
@@ -200,7 +202,7 @@ def export_command(model: str = typer.Argument(..., help="tiny 名、模型文�
     {"st": ship.export_sentence_transformers, "merged": ship.export_merged}.get(to, ship.export_onnx)(encoder, out, overwrite)
     report = ship.quantize_onnx(out) if to == "int8" else {}
     for name, r in report.items(): print(f"{name} 塔 {r['mb'][0]} MB → {r['mb'][1]} MB，核对样本上与 fp32 的余弦至少 {r['cosine'][1]:.4f}")
-    use = {"st": f"SentenceTransformer({out!r})", "merged": f"load_encoder({out!r})", "onnx": f"OnnxEncoder({out!r})", "int8": f"OnnxEncoder({out!r}, 'int8')"}[to]
+    use = {"st": f"{'MultiVectorEncoder' if encoder.card.multi_vector else 'SentenceTransformer'}({out!r})", "merged": f"load_encoder({out!r})", "onnx": f"OnnxEncoder({out!r})", "int8": f"OnnxEncoder({out!r}, 'int8')"}[to]
     print(f"写在 {out}；打开：{use}")
 
 # %% ../nbs/98_cli.ipynb #ed4b626a

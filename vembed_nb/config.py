@@ -35,7 +35,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 梯度裁剪；0 表示不裁
     scheduler_type: str = "cosine"  # cosine、linear、constant、constant_with_warmup
     warmup_ratio: float = 0.1  # 预热占总步数的比例，0 到 1
-    loss_type: str = "auto"  # auto、infonce、sigmoid；auto 按模型选
+    loss_type: str = "auto"  # auto、infonce、sigmoid、colbert；auto 按模型选（每个 token 一个向量的模型用 colbert）
     temperature: float = 0.0  # 初始温度；0 表示用模型自带的
     learn_temperature: bool = True  # 温度是否随训练学习
     use_gradient_cache: bool = True  # 一批超过一块时用 GradCache：梯度与整批相同，显存由一块决定
@@ -61,7 +61,7 @@ class TrainConfig:
     def __post_init__(self): check(self)
 
 # %% ../nbs/04_config.ipynb #65b77bdb
-CHOICES = dict(scheduler_type=("cosine", "linear", "constant", "constant_with_warmup"), loss_type=("auto", "infonce", "sigmoid"), mixed_precision=("auto", "no", "bf16", "fp16"))
+CHOICES = dict(scheduler_type=("cosine", "linear", "constant", "constant_with_warmup"), loss_type=("auto", "infonce", "sigmoid", "colbert"), mixed_precision=("auto", "no", "bf16", "fp16"))
 AT_LEAST = dict(epochs=1, gradient_cache_chunk_size=1, max_steps=0, batch_size=2, gradient_accumulation_steps=1, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_ratio=0,
                 temperature=0, lora_r=1, lora_dropout=0, seed=0, logging_steps=1, num_workers=0, image_cache_mb=0, save_total_limit=0)
 

@@ -434,6 +434,7 @@ def _freeze(case, word):
         for n, p in e.named_parameters(): p.requires_grad_(word not in n)
     return {}
 
+# %% ../../nbs/74_diagnose.proof.ipynb #4f124eed
 class Normed(nn.Module):
     "编码，再过一层 BatchNorm。"
     def __init__(self,

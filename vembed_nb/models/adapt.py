@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import re
-import types
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core import VembedError, did_you_mean
-from .base import ModelCard
+from .base import CARD, ModelCard
 from ..tiny import TINY, tiny_path
 
 # %% ../../nbs/27_models.adapt.ipynb #ff89807b
@@ -96,7 +95,7 @@ def trainable_table(
 # %% ../../nbs/27_models.adapt.ipynb #85223ea5
 def _keep_settled(encoder):
     "从此 `encoder.train()` 之后，冻住的部分仍是 eval。"
-    if "train" not in encoder.__dict__: encoder.__dict__["train"] = types.MethodType(_train, encoder)
+    if "train" not in encoder.__dict__: encoder.__dict__["train"] = partial(_train, encoder)
     if encoder.training: encoder.train()
 
 def _train(self, mode=True):
@@ -217,8 +216,9 @@ def fingerprint(
     "底座的指纹。温度、偏置这类只有一个数的参数不算（训练会把学到的温度写回去）。"
     every, norms = blake2b(digest_size=8), blake2b(digest_size=8)
     params = {_INSIDE.sub("", n): p for n, p in model.named_parameters() if p.numel() > 1 and not re.search(r"\.(lora_\w+|modules_to_save)\.", n)}
+    small = sum(p.numel() for p in params.values()) <= 2e7  # 大模型只抽样：每个张量看 64 个数
     for name, p in sorted(params.items()):
-        some = p.detach().flatten()[::max(1, p.numel() // 64)][:64]
+        some = p.detach().flatten() if small else p.detach().flatten()[::max(1, p.numel() // 64)][:64]
         data = f"{name}{tuple(p.shape)}".encode() + some.to(torch.bfloat16).float().cpu().numpy().tobytes()
         every.update(data)
         if p.ndim == 1: norms.update(data)
@@ -247,6 +247,7 @@ def adapter_of(
 
 def _base_name(encoder, base):
     "底座叫什么：写明的；或打开它的文件夹，随包小模型的文件夹换回名字。"
+    if not base and getattr(encoder, "opened", None) not in (None, {}, fingerprint(encoder.model)): return ""  # 打开之后变过，已经不是文件夹里的那一份
     base = str(base or getattr(encoder, "source", "") or getattr(encoder.model, "name_or_path", "") or "")
     tiny = {os.path.realpath(tiny_path(n)): n for n in TINY}
     return tiny.get(os.path.realpath(base), base) if base else ""
@@ -261,10 +262,12 @@ def save_adapter(
     "只存正在用的那一个适配器和 `vembed.json`；`load_encoder(folder)` 会去找底座，得到同样的向量。不知道底座叫什么时抛 `VembedError`。"
     from safetensors.torch import save_file
     a, folder = adapter_of(encoder), Path(folder)
-    if not a.base: raise VembedError("不知道底座叫什么，存下来就找不回去；用 lora(encoder, base=\"底座的名字或文件夹\")，或用 save_merged 存合并后的模型")
-    if (folder/"config.json").exists(): raise VembedError(f"{folder} 里是一个完整的模型，适配器不能存在里面；换一个文件夹")
+    _using(a)
+    if not a.base: raise VembedError("不知道底座叫什么（或者底座打开之后又变过），存下来就找不回去；先 encoder.save 存下底座，再用 lora(encoder, base=\"底座的文件夹\")，或用 save_merged 存合并后的模型")
+    whole = any((folder/f).exists() for f in ("config.json", "open_clip_config.json", "modules.json")) or ((folder/CARD).exists() and not (folder/CONFIG).exists())
+    if whole or os.path.realpath(a.base) == os.path.realpath(folder): raise VembedError(f"{folder} 里是一个完整的模型，适配器不能存在里面；换一个文件夹")
     folder.mkdir(parents=True, exist_ok=True)
-    base = f"./{Path(os.path.relpath(a.base, folder)).as_posix()}" if Path(a.base).is_dir() else a.base
+    base = f"./{Path(os.path.relpath(os.path.realpath(a.base), os.path.realpath(folder))).as_posix()}" if Path(a.base).is_dir() else a.base
     save_file({k: v.detach().cpu().contiguous() for k, v in _weights(a, a.name).items()}, folder/WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(a.peft.peft_config[a.name])
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -272,6 +275,11 @@ def save_adapter(
     config.save_pretrained(folder)
     scalars = {n: p.item() for n, p in encoder.model.named_parameters() if p.numel() == 1 and p.is_floating_point()}
     replace(encoder.card, notes={**encoder.card.notes, "adapter": {"base": base, **a.fingerprint, "scalars": scalars}}).save(folder)
+
+def _using(a):
+    "正在用适配器才能存、能合并；只用底座时抛 `VembedError`。"
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    if any(m.disable_adapters for m in a.peft.modules() if isinstance(m, BaseTunerLayer)): raise VembedError(f"现在只用底座，没有用适配器；先 use_adapter(encoder, {a.name!r}) 换回去，再存或合并")
 
 def _weights(a, name):
     "一个适配器的权重，peft 文件里的名字。"
@@ -293,11 +301,11 @@ def attach(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 用了 transformers 将来要改名的一个属性
-            if old: old.peft.add_adapter(name, config); old.peft.set_adapter(name)
+            if old: old.peft.add_adapter(name, config); old.peft.base_model.enable_adapter_layers(); old.peft.set_adapter(name)
             else: encoder.__dict__["adapter"] = Adapter(PeftModel(encoder.model, config, name), _base_name(encoder, base), *before)
     except (ValueError, TypeError, NotImplementedError) as e: raise VembedError(f"适配器加不上：{' '.join(str(e).split())[:200]}") from e
     encoder.model.__dict__.pop("peft_config", None)  # peft 的记号；家族的代码看见的仍是普通的模型
-    encoder.__dict__["save"] = types.MethodType(save_adapter, encoder)
+    encoder.__dict__["save"] = partial(save_adapter, encoder)
     _keep_settled(encoder)
     return encoder
 
@@ -396,6 +404,7 @@ def open_adapter(
     if not base: raise VembedError(f"{source.name} 没有写明底座；自己打开底座，再用 load_adapter(encoder, 文件夹)")
     if base.startswith(("./", "../")):
         base = os.path.normpath(source.folder/base)
+        if os.path.realpath(base) == os.path.realpath(source.folder): raise VembedError(f"{source.name} 说它的底座就是它自己；这个文件夹被改过")
         if not Path(base).is_dir(): raise VembedError(f"{source.name} 的底座应当在 {base}，那里没有；把底座放回去，或自己打开底座，再用 load_adapter(encoder, 文件夹)")
     encoder = load_adapter(load_base(base), source.folder, base=base)
     if card: encoder.card = replace(card, notes={k: v for k, v in card.notes.items() if k != "adapter"})
@@ -408,6 +417,7 @@ def merge(
 ):  # 同一个编码器，没有适配器了
     "把正在用的适配器并进底座。底座是量化的时抛 `VembedError`。"
     a = adapter_of(encoder)
+    _using(a)
     if quantized(encoder.model): raise VembedError("底座是量化过的，并进去会丢精度；用 bf16 重新打开底座，load_adapter 之后再合并")
     merged = a.peft.base_model.merge_and_unload()
     assert merged is encoder.model

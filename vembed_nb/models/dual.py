@@ -58,7 +58,7 @@ class DualEncoder(Encoder):
         if kind not in VERSIONS: raise VembedError(f"双塔这一间不认得 model_type={kind!r}。{did_you_mean(kind, VERSIONS)}认得的有 {'、'.join(VERSIONS)}")
         self.version = VERSIONS[kind]
         dim = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
-        self.card = card or ModelCard("dual", kind, dim, min(text.max_position_embeddings, processor.tokenizer.model_max_length, self.version.length))
+        self.card = card.expect(dim) if card else ModelCard("dual", kind, dim, min(text.max_position_embeddings, processor.tokenizer.model_max_length, self.version.length))
         if processor: check_tokenizer(processor.tokenizer, kind, text)
 
     @classmethod

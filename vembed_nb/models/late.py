@@ -84,7 +84,7 @@ class LateEncoder(Encoder):
         if kind not in VERSIONS: raise VembedError(f"晚交互这一间不认得 model_type={kind!r}；认得的有 {'、'.join(VERSIONS)}")
         self.model, self.processor, self.how = model, copy(processor), VERSIONS[kind]
         text = model.config.vlm_config.get_text_config()
-        self.card = deepcopy(card) or ModelCard("late", kind, model.config.embedding_dim, min(text.max_position_embeddings, processor.tokenizer.model_max_length), multi_vector=True)
+        self.card = deepcopy(card).expect(model.config.embedding_dim) if card else ModelCard("late", kind, model.config.embedding_dim, min(text.max_position_embeddings, processor.tokenizer.model_max_length), multi_vector=True)
         self.image_id = model.config.vlm_config.image_token_id
         self.image_token = processor.tokenizer.convert_ids_to_tokens(self.image_id)
         self._settle(options)

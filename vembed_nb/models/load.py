@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core import VembedError, did_you_mean
+from .adapt import fingerprint, open_adapter
 from .base import CAN, CARD, Encoder
 from .files import Source
 from ..tiny import TINY, tiny_path
@@ -105,12 +106,13 @@ def load_encoder(
     "打开一个编码器；`encoder.why` 说凭什么认定是这个家族。找不到、缺权重、多权重、家族不认得，都抛 `VembedError`。"
     source = _source(name, dtype, trust_pickle, trust_remote_code, quantize)
     if source.folder and (source.folder/"adapter_config.json").exists():
-        from vembed_nb.models.adapt import open_adapter
         encoder = open_adapter(source, lambda base: load_encoder(base, None, dtype, trust_pickle, trust_remote_code, quantize, **options))
     else:
         family, why = family_of(source)
+        if source.card and source.config is not None and family != "composed" and source.card.model_type != source.config.model_type: raise VembedError(f"{name} 的 {CARD} 写着 {source.card.model_type}，config.json 写着 {source.config.model_type}；这个文件夹被改过，换一个检查点")
         encoder = room(family).open(source, **options)
-        encoder.why, encoder.source = why, source.path
+        encoder.opened = fingerprint(encoder.model)
+        encoder.why, encoder.source = why, str(source.folder.resolve()) if source.folder else source.path
     return (encoder.to(device) if device else encoder).eval()
 
 def load_reranker(

@@ -283,7 +283,7 @@ class VLMEncoder(Encoder):
     ):
         super().__init__()
         self.model, self.output_layers, self.cache, self.cache_bytes = model, tuple(output_layers), {}, 0
-        self.card = make_card(model.config, card, options)
+        self.card = make_card(model.config, card, options).expect(model.config.get_text_config().hidden_size)
         n = model.config.get_text_config().num_hidden_layers
         if bad := [k for k in self.output_layers if not 1 <= k <= n]: raise VembedError(f"output_layers 里的 {bad[0]} 不行：这个模型有 {n} 层，要在 1 到 {n} 之间")
         o = self.card.options

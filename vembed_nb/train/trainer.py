@@ -22,6 +22,7 @@ from ..data.sample import NoDuplicateBatches
 from ..evaluate.report import evaluate_encoder
 from ..gradcache import GradCache
 from ..losses.contrastive import LOSSES
+from ..losses.late import ColBERTLoss
 from ..losses.matryoshka import Matryoshka
 from ..losses.targets import make_targets
 from ..models.adapt import checkpointing, freeze, lora, trainable_table
@@ -55,10 +56,12 @@ def make_loss(
 ) -> torch.nn.Module:
     "按配置造损失。"
     own = encoder.get_scale() if hasattr(encoder, "get_scale") else {}
-    kind = config.loss_type if config.loss_type != "auto" else "sigmoid" if own.get("bias") is not None else "infonce"
-    kw = {"temperature": config.temperature or min(1, max(.01, own.get("temperature") or .07)), "learn_temperature": config.learn_temperature}
+    multi = encoder.card.multi_vector
+    kind = config.loss_type if config.loss_type != "auto" else "colbert" if multi else "sigmoid" if own.get("bias") is not None else "infonce"
+    if (kind == "colbert") != multi: raise VembedError(f"loss_type={kind} 与模型不合：{encoder.card.model_type} 是{'每个 token 一个' if multi else '每个样本一个'}向量的模型，用 {'colbert' if multi else 'infonce 或 sigmoid'}，或写 auto")
+    kw = {"temperature": config.temperature or min(1, max(.01, own.get("temperature") or (.02 if multi else .07))), "learn_temperature": config.learn_temperature}
     if kind == "sigmoid" and own.get("bias") is not None: kw["bias"] = own["bias"]
-    loss = LOSSES[kind](**kw)
+    loss = (LOSSES | {"colbert": ColBERTLoss})[kind](**kw)
     return Matryoshka(loss, *mrl_options(config, encoder.dim)) if config.use_mrl else loss
 
 def mrl_options(
