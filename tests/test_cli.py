@@ -188,7 +188,7 @@ def test_doctor(cli):
     assert "torch" in cli("doctor").out
 
 
-HELP = ["quickstart", "train", "eval", "encode", "index", "search", "doctor", "pretrain", "data", "data toyshop", "data check", "data table", "data emoji"]
+HELP = ["quickstart", "train", "eval", "encode", "index", "search", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data table", "data emoji"]
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -534,7 +534,7 @@ MODELS = {
     "empty folder": (..., ["config.json"]),
     "a file": ("FILE", ["文件"]),
     "hub name offline": ("openai/clip-vit-base-patch32", ["openai/clip-vit-base-patch32"]),
-    "unknown family": ({"model_type": "bert"}, ["bert"]),
+    "unknown family": ({"model_type": "bart"}, ["bart", "还不支持"]),
     "config is not json": (b"{", ["config.json"]),
     "no weights": ("NO WEIGHTS", ["权重"]),
     "cut weights": ("CUT", ["权重"]),
