@@ -273,3 +273,20 @@ def test_bad_input(folders):
     for options, word in ((dict(tokens=["yes", "nein"]), "nein"), (dict(tokens=["yes", "yes"]), "两个不同"), (dict(tokenz=[]), "tokens"), (dict(template="{query}"), "{document}"), (dict(form="score"), "form"), (dict(padding_side="up"), "up"), (dict(max_pixels=10), "max_pixels")):
         refused(lambda: opened(folders["qwen3_vl"], **options), word)
     if not torch.cuda.is_available(): refused(lambda: Reranker.open(Source("四位", str(folders["qwen3_vl"]), quantize="4bit")), "GPU", "bitsandbytes")
+
+
+def test_adapter_folder_opens_by_name(tmp_path):
+    "只存了适配器的重排器：load_reranker 找到底座，打分相同。"
+    import micro_reranker
+    import torch
+
+    from vembed_nb.models import adapt
+    from vembed_nb.models.load import load_reranker
+
+    reranker = load_reranker(micro_reranker.build(tmp_path/"base"))
+    adapt.lora(reranker, r=2, verbose=False)
+    for n, p in reranker.named_parameters():
+        if "lora_B" in n: p.data.normal_()
+    reranker.save(tmp_path/"adapter")
+    docs = ["一只红杯子", "一双鞋"]
+    assert torch.allclose(load_reranker(tmp_path/"adapter").score("红色的杯子", docs), reranker.eval().score("红色的杯子", docs), atol=1e-6)

@@ -126,7 +126,11 @@ def load_reranker(
 ):  # Reranker
     "打开一个重排模型（交叉编码器，cross-encoder）。"
     from vembed_nb.models.reranker import Reranker
-    reranker = Reranker.open(_source(name, dtype, trust_pickle, trust_remote_code, quantize), **options)
+    source = _source(name, dtype, trust_pickle, trust_remote_code, quantize)
+    if source.folder and (source.folder/"adapter_config.json").exists(): reranker = open_adapter(source, lambda base: load_reranker(base, None, dtype, trust_pickle, trust_remote_code, quantize, **options))
+    else:
+        reranker = Reranker.open(source, **options)
+        reranker.source, reranker.opened = str(source.folder.resolve()) if source.folder else source.path, fingerprint(reranker.model)
     return (reranker.to(device) if device else reranker).eval()
 
 def _source(name, *options):
