@@ -78,7 +78,7 @@ def test_metadata(unpacked):
     assert meta["Name"] == "vembed-nb" and meta["Version"] == vembed_nb.__version__ and meta["Requires-Python"] == f">={cfg['DEFAULT']['min_python']}"
     base = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(base) == sorted(cfg["DEFAULT"]["requirements"].split())
-    assert {"dev", *(k.removeprefix("extra_") for k in cfg["DEFAULT"] if k.startswith("extra_"))} == set(meta.get_all("Provides-Extra"))
+    assert {"dev", *(k.removeprefix("extra_").replace("_", "-") for k in cfg["DEFAULT"] if k.startswith("extra_"))} == set(meta.get_all("Provides-Extra"))
     entry = configparser.ConfigParser(delimiters=["="])
     entry.read(info / "entry_points.txt")
     assert entry["console_scripts"]["vembed"] == "vembed_nb.cli:main" and entry["nbdev"]["vembed_nb"] == "vembed_nb._modidx:d"

@@ -25,7 +25,6 @@ from .losses.contrastive import InfoNCE, SigmoidLoss
 from .models.dual import DualEncoder
 from .models.load import load_encoder
 from .teacher import embed, fit_heads, teacher_features
-from .tiny import TINY
 from .toyshop import write_toyshop
 from .train.optim import make_optimizer, make_scheduler
 from .train.trainer import Collate
@@ -74,7 +73,7 @@ def build_tiny(
     if name == "tiny-siglip":
         config = tf.SiglipConfig(text_config={**TEXT, **ids, "projection_size": 128}, vision_config=VISION)
         return DualEncoder(tf.SiglipModel(config), tf.SiglipProcessor(tf.SiglipImageProcessorPil(size={"height": 64, "width": 64}, **mean), tokenizer))
-    raise VembedError(f"没有小模型 {name!r}；有 {'、'.join(TINY)}")
+    raise VembedError(f"没有小模型 {name!r}；有 tiny-clip、tiny-siglip，别的小模型各有自己的一间")
 
 # %% ../nbs/92_pretrain.ipynb #acd717d4
 def warm_start(

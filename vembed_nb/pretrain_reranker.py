@@ -242,7 +242,7 @@ def rerank_report(
 def report_tiny(
     folder,  # 重排器的文件夹
     work,  # 玩具店的测试集放在这里，没有就写
-    stages=("tiny-clip",),  # 召回用哪些编码器
+    stages=("tiny-clip", "tiny-qwen3vl"),  # 召回用哪些编码器
 ) -> dict:  # {"toyshop_A / tiny-clip": …}，也写回 vembed.json
     "在世界 A 和 B 的测试组合上评测存好的（fp16）重排器，写回它的 `vembed.json`。"
     reranker, out = Reranker.open(Source(str(folder), str(folder))).eval(), {}

@@ -19,6 +19,7 @@ TINY = {  # 名字 → 结构
     "tiny-qwen3vl": "Qwen3VLModel，64 像素，16 个图 token，取最后一个 token，Matryoshka 预训练",
     "tiny-bert-dinov2": "BertModel + Dinov2Model，64 像素，两个投影头",
     "tiny-colqwen2": "ColQwen2ForRetrieval，文档页面，每个 token 一个向量",
+    "tiny-reranker": "Qwen3VLForConditionalGeneration，答 yes 或 no 的重排模型，从 tiny-qwen3vl 开始",
 }
 
 def tiny_path(

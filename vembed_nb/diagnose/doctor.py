@@ -26,7 +26,7 @@ OPTIONAL = {  # import 名 → (带来什么, 安装命令)
 def doctor() -> dict:
     "检查版本、设备、字体、小模型和可选的包。"
     out = {"versions": versions(), "machine": machine(), "devices": _devices(), "font": font_path().name if font_path().exists() else "缺失：重装 vembed-nb"}
-    out["tiny"] = {n: "完好" if (tiny_path(n)/"model.safetensors").exists() else "缺失：重装 vembed-nb" for n in TINY}
+    out["tiny"] = {n: "完好" if (tiny_path(n)/"vembed.json").exists() and any(tiny_path(n).rglob("*.safetensors")) else "缺失：重装 vembed-nb" for n in TINY}
     out["optional"] = {p: {"installed": importlib.util.find_spec(p) is not None, "brings": what, "install": how} for p, (what, how) in OPTIONAL.items()}
     out["disk_free_gb"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     out["problems"] = _problems(out)
