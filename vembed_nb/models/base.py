@@ -294,7 +294,7 @@ Encoder.encode = encode
 @torch.inference_mode()
 def _vectors(model, inputs, dim, dtype):
     "一批的向量，每个样本一个张量（[D]；多向量是 [L, D]，去掉补齐）。"
-    parts = inputs.chunk(16) if model.device.type == "cpu" and "pixel_values" in inputs else [inputs]  # 图大，小块才装得进 CPU 的缓存
+    parts = inputs.chunk(32) if model.device.type == "cpu" and "pixel_values" in inputs else [inputs]  # 图大，小块才装得进 CPU 的缓存
     out = []
     for part in parts:
         emb = model(part.to(model.device))
