@@ -109,7 +109,7 @@ def load_encoder(
         encoder = open_adapter(source, lambda base: load_encoder(base, None, dtype, trust_pickle, trust_remote_code, quantize, **options))
     else:
         family, why = family_of(source)
-        if source.card and source.config is not None and family != "composed" and source.card.model_type != source.config.model_type: raise VembedError(f"{name} 的 {CARD} 写着 {source.card.model_type}，config.json 写着 {source.config.model_type}；这个文件夹被改过，换一个检查点")
+        if family not in ("composed", "open_clip") and source.card and source.config is not None and source.card.model_type != source.config.model_type: raise VembedError(f"{name} 的 {CARD} 写着 {source.card.model_type}，config.json 写着 {source.config.model_type}；这个文件夹被改过，换一个检查点")
         encoder = room(family).open(source, **options)
         encoder.opened = fingerprint(encoder.model)
         encoder.why, encoder.source = why, str(source.folder.resolve()) if source.folder else source.path
