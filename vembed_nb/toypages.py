@@ -6,23 +6,19 @@
 __all__ = ['TYPES', 'COMPANIES', 'CITIES', 'TOPICS', 'MONTHS', 'WHENS', 'FACETS', 'VALUES', 'ASKS', 'PHRASES', 'TREE', 'INK',
            'SOFT', 'BLUE', 'RED', 'EXTRAS', 'STYLES', 'DRAW', 'PRINTED', 'MAX_POSITIVES', 'split_of_pair',
            'sample_pages', 'advance', 'Sheet', 'words_of', 'invoice', 'spec', 'manual', 'scan', 'draw_page', 'say',
-           'render_query', 'matches', 'near_misses', 'page_records', 'draw_pages', 'write_toypages']
+           'render_query', 'matches', 'near_misses', 'page_records', 'write_toypages']
 
 # %% ../nbs/07_toypages.ipynb #3b3afe26
-import json
-import os
 import random
-from collections import deque
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-from loky import ProcessPoolExecutor
 from PIL import Image, ImageDraw, ImageFilter
 
-from .core import VembedError, claim_dir, progress, write_json
+from .core import VembedError, claim_dir, write_json
 from .fonts import pil_font
 from .toydraw import Product, sprite
-from .toyshop import NOUNS, STUFF_OF, STUFFS, TINTS
+from .toyshop import NOUNS, STUFF_OF, STUFFS, TINTS, write_jsonl, write_splits
 
 # %% ../nbs/07_toypages.ipynb #f7db1677
 TYPES = {"invoice": "发票", "spec": "规格书", "manual": "使用说明"}
@@ -346,36 +342,20 @@ def page_records(
             yield {"query": query, "query_id": f"q{len(seen):06d}", "positives": [names(i) for i in hits], "negatives": [names(i) for i in hard]}
 
 # %% ../nbs/07_toypages.ipynb #eff80e60
-def _draw_chunk(job):
-    "在一个进程里画一批页。"
-    out, names, rows, style, width, seed, first = job
-    for name, row, i in zip(names, rows, range(first, first + len(rows))):
-        draw_page(row, style, width, seed * 1_000_003 + i).image.save(Path(out)/name, quality=88)
-    return len(rows)
+def _paint(path, row, seed, style, width):
+    "画一页。"
+    draw_page(row, style, width, seed).image.save(path, quality=88)
 
-def draw_pages(
-    out,  # 数据集文件夹
-    names: list,  # 图片的相对路径
-    table: np.ndarray,  # [n, 7] 属性表
-    style: str,  # "clean" 或 "scan"
-    width: int = 448,  # 纸宽，像素
-    seed: int = 0,  # 种子
-    workers: int | None = None,  # 进程数；默认每核一个
-    chunk: int = 25,  # 一批几页
-):
-    "把属性表画成 JPEG 文件；排队的任务有上限，内存不随页数增长。"
-    for d in {(Path(out)/n).parent for n in names}: d.mkdir(parents=True, exist_ok=True)
-    jobs = [(str(out), names[i:i + chunk], table[i:i + chunk], style, width, seed, i) for i in range(0, len(names), chunk)]
-    workers, queue = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())), deque()
-    with progress(total=len(names), desc="画页") as bar:
-        if workers == 1:
-            for job in jobs: bar.update(_draw_chunk(job))
-            return
-        with ProcessPoolExecutor(workers, timeout=30) as pool:
-            for job in jobs:
-                queue.append(pool.submit(_draw_chunk, job))
-                if len(queue) >= 4 * workers: bar.update(queue.popleft().result())
-            while queue: bar.update(queue.popleft().result())
+def _records(split, table, names, world, seed, negatives, n_queries):
+    "一部分的查询；测试只取其中 `n_queries` 条。"
+    rnd = random.Random(f"pages-{seed}-{split}")
+    records = list(page_records(table, names, world, rnd, negatives))
+    return {split: rnd.sample(records, min(n_queries, len(records))) if split == "test" else records}
+
+def _facets_of(row):
+    "一页的属性，写进 `pages.jsonl`：没有印在页上的不写。"
+    w = words_of(row)
+    return {"type": w["type"], **{f: w[f] for f in FACETS if f in PRINTED[w["type"]]}}
 
 # %% ../nbs/07_toypages.ipynb #913ee2fd
 def write_toypages(
@@ -395,37 +375,10 @@ def write_toypages(
     if world not in STYLES: raise VembedError(f"world={world!r} 无效；只有 A（电子版）和 B（扫描件）")
     if min(n_train, n_val, n_test, n_queries) < 1: raise VembedError(f"n_train、n_val、n_test、n_queries 都至少是 1，这里是 {n_train}、{n_val}、{n_test}、{n_queries}")
     if negatives < 0 or size < 112: raise VembedError(f"negatives 至少是 0，size 至少是 112 像素，这里是 {negatives} 和 {size}")
-    out, counts, first = claim_dir(out, overwrite, marks=["toypages.json"]), {}, 0
-    with open(out/"pages.jsonl", "w", encoding="utf-8") as f:
-        for split, n in dict(train=n_train, val=n_val, test=n_test).items():
-            table = sample_pages(split, n, seed)
-            names = lambda i, first=first: f"images/{(first + i) // 1000:03d}/{first + i:06d}.jpg"
-            draw_pages(out, [names(i) for i in range(n)], table, STYLES[world], size, seed + first, workers)
-            counts |= _write_split(out, split, table, names, world, random.Random(f"pages-{seed}-{split}"), negatives, n_queries)
-            for i, row in enumerate(table): f.write(json.dumps({"image": names(i), "split": split, **_facets_of(row)}, ensure_ascii=False) + "\n")
-            first += n
-    summary = dict(world=world, seed=seed, size=size, pages=first, counts=counts)
+    out = claim_dir(out, overwrite, marks=["toypages.json"])
+    records = partial(_records, world=world, seed=seed, negatives=negatives, n_queries=n_queries)
+    parts, counts = write_splits(out, dict(train=n_train, val=n_val, test=n_test), partial(sample_pages, seed=seed), partial(_paint, style=STYLES[world], width=size), records, seed, workers)
+    write_jsonl(out/"pages.jsonl", ({"image": names(i), "split": split, **_facets_of(row)} for split, table, names in parts for i, row in enumerate(table)))
+    summary = dict(world=world, seed=seed, size=size, pages=n_train + n_val + n_test, counts=counts)
     write_json(out/"toypages.json", summary)
     return summary
-
-# %% ../nbs/07_toypages.ipynb #50e957ae
-def _facets_of(row):
-    "一页的属性，写进 `pages.jsonl`：没有印在页上的不写。"
-    w = words_of(row)
-    return {"type": w["type"], **{f: w[f] for f in FACETS if f in PRINTED[w["type"]]}}
-
-def _write_split(out, split, table, names, world, rnd, negatives, n_queries):
-    "写一部分的 JSONL；返回 {文件名: 条数}。"
-    records = list(page_records(table, names, world, rnd, negatives))
-    if split == "test":
-        records = rnd.sample(records, min(n_queries, len(records)))
-        _write_jsonl(out/"corpus.jsonl", ({"id": names(i), "image": names(i)} for i in range(len(table))))
-        lines = [f"{r['query_id']}\t{p}\t1" for r in records for p in r["positives"]]
-        (out/"qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8")
-    _write_jsonl(out/f"{split}.jsonl", records)
-    return {split: len(records)}
-
-def _write_jsonl(path, records):
-    "逐行写 JSONL。"
-    with open(path, "w", encoding="utf-8") as f:
-        for r in records: f.write(json.dumps(r, ensure_ascii=False) + "\n")

@@ -6,7 +6,7 @@
 __all__ = ['NOUNS', 'TINTS', 'PRINTS', 'STUFFS', 'SCALES', 'PLACES', 'TABLES', 'STUFF_OF', 'FACETS', 'SAY', 'MAX_POSITIVES',
            'STYLE_OF', 'split_of', 'combos', 'sample_pictures', 'product_of', 'sample_facets', 'render_caption',
            'Shelf', 'text_records', 'view_records', 'caption_records', 'edit_records', 'pair_records', 'draw_all',
-           'write_toyshop']
+           'write_splits', 'write_jsonl', 'write_toyshop']
 
 # %% ../nbs/06_toyshop.ipynb #7e62ef51
 import csv
@@ -14,6 +14,7 @@ import json
 import os
 import random
 from collections import defaultdict, deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -299,44 +300,85 @@ def pair_records(
         seen.add(zh)
 
 # %% ../nbs/06_toyshop.ipynb #fe09255c
-STYLE_OF = {"A": "flat", "B": "photo"}
-
-def _draw_chunk(job):
-    "在一个进程里画一批图。"
-    out, names, rows, style, size, seed, first = job
-    for name, row, i in zip(names, rows, range(first, first + len(rows))):
-        draw(product_of(row), style=style, size=size, seed=seed * 1_000_003 + i).save(Path(out)/name, quality=92)
-    return len(rows)
-
 def draw_all(
     out,  # 数据集文件夹
     names: list,  # 图片的相对路径
-    table: np.ndarray,  # [n, 8] 属性表
-    style: str,  # "flat" 或 "photo"
-    size: int = 128,  # 边长，像素
+    table: np.ndarray,  # [n, k] 属性表，一行一张
+    paint,  # (文件, 行, 种子) → None，画一张存下来；要能送到别的进程
     seed: int = 0,  # 种子
     workers: int | None = None,  # 进程数；默认每核一个
-    chunk: int = 100,  # 一批几张
+    chunk: int = 50,  # 一批几张
 ):
-    "把属性表画成 JPEG 文件。内存不随图片数增长。"
+    "把属性表画成文件。同时最多排队 4 × 进程数 批，十万张图也不会先堆在内存里。"
     for d in {(Path(out)/n).parent for n in names}: d.mkdir(parents=True, exist_ok=True)
-    jobs = ((str(out), names[i:i + chunk], table[i:i + chunk], style, size, seed, i) for i in range(0, len(names), chunk))
-    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    bar = progress(total=len(names), desc="画图")
-    if workers == 1:
-        for job in jobs: bar.update(_draw_chunk(job))
-    else:
+    jobs = ((paint, [Path(out)/n for n in names[i:i + chunk]], table[i:i + chunk], seed * 1_000_003 + i) for i in range(0, len(names), chunk))
+    workers, queue = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())), deque()
+    with progress(total=len(names), desc="画图") as bar:
+        if workers == 1:
+            for job in jobs: bar.update(_draw_chunk(job))
+            return
         with ProcessPoolExecutor(workers, timeout=30) as pool:
-            for n in _windowed(pool, _draw_chunk, jobs, 4 * workers): bar.update(n)
-    bar.close()
+            for job in jobs:
+                queue.append(pool.submit(_draw_chunk, job))
+                if len(queue) >= 4 * workers: bar.update(queue.popleft().result())
+            while queue: bar.update(queue.popleft().result())
 
-def _windowed(pool, fn, jobs, window):
-    "像 `pool.map`，但同时最多排队 `window` 个任务，十万张图也不会先堆在内存里。"
-    queue = deque()
-    for job in jobs:
-        queue.append(pool.submit(fn, job))
-        if len(queue) >= window: yield queue.popleft().result()
-    while queue: yield queue.popleft().result()
+def _draw_chunk(job):
+    "在一个进程里画一批。"
+    paint, paths, rows, first = job
+    for i, (path, row) in enumerate(zip(paths, rows)): paint(path, row, first + i)
+    return len(rows)
+
+# %% ../nbs/06_toyshop.ipynb #020463b1
+def write_splits(
+    out,  # 占好的文件夹
+    sizes: dict,  # {"train": n, "val": n, "test": n}，每部分几张
+    sample,  # (部分, 几张) → 属性表 [n, k]
+    paint,  # 见 `draw_all`
+    records,  # (部分, 属性表, 取名) → {文件名: 记录}；"test" 的记录是评测的查询
+    seed: int,  # 种子
+    workers: int | None = None,  # 画图的进程数
+) -> tuple:  # ([(部分, 属性表, 取名)], {文件名: 条数})
+    "写出各部分的图片和 JSONL，以及测试的图库和标准答案。"
+    parts, counts, first = [], {}, 0
+    for split, n in sizes.items():
+        table, names = sample(split, n), lambda i, first=first: f"images/{(first + i) // 1000:03d}/{first + i:06d}.jpg"
+        draw_all(out, [names(i) for i in range(n)], table, paint, seed + first, workers)
+        files = records(split, table, names)
+        if split == "test":
+            write_jsonl(out/"corpus.jsonl", ({"id": names(i), "image": names(i)} for i in range(n)))
+            lines = [f"{r['query_id']}\t{p}\t1" for r in files["test"] for p in r["positives"]]
+            (out/"qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8")
+        counts |= {name: write_jsonl(out/f"{name}.jsonl", rows) for name, rows in files.items()}
+        parts.append((split, table, names))
+        first += n
+    return parts, counts
+
+def write_jsonl(
+    path,  # 文件
+    records,  # 可迭代的 dict
+) -> int:  # 条数
+    "逐行写 JSONL。"
+    n = 0
+    with open(path, "w", encoding="utf-8") as f:
+        for n, r in enumerate(records, 1): f.write(json.dumps(r, ensure_ascii=False) + "\n")
+    return n
+
+# %% ../nbs/06_toyshop.ipynb #6f9a254e
+STYLE_OF = {"A": "flat", "B": "photo"}
+
+def _records(split, shelf, names, world, seed, captions, n_queries):
+    "一部分的五种记录；训练的不先堆在内存里。"
+    rnd = random.Random(f"{seed}-{split}")
+    main = text_records(shelf, names, world, rnd, captions)
+    if split != "train": main = list(main)
+    if split == "test": main = rnd.sample(main, min(n_queries, len(main)))
+    return {split: main, f"{split}_i2i": view_records(shelf, names), f"{split}_i2t": caption_records(shelf, names, world, rnd),
+            f"{split}_composed": edit_records(shelf, names, rnd), f"{split}_t2t": pair_records(shelf, world, rnd)}
+
+def _paint(path, row, seed, style, size):
+    "画一张商品图。"
+    draw(product_of(row), style=style, size=size, seed=seed).save(path, quality=92)
 
 # %% ../nbs/06_toyshop.ipynb #e40e0bf7
 def _catalog_rows(table, names, world, seed):
@@ -348,12 +390,13 @@ def _catalog_rows(table, names, world, seed):
         yield {"id": names(i), "image": names(i), "title": title, "price": rnd.randrange(19, 400),
                **{f: _VALUES[f][v] for f, v in zip(FACETS, row)}}
 
-def _write_jsonl(path, records):
-    "逐行写 JSONL，返回条数。"
-    n = 0
-    with open(path, "w", encoding="utf-8") as f:
-        for n, r in enumerate(records, 1): f.write(json.dumps(r, ensure_ascii=False) + "\n")
-    return n
+def _write_catalog(out, parts, world, seed):
+    "写商品表；带 BOM，Excel 直接打开不乱码。"
+    with open(out/"catalog.csv", "w", encoding="utf-8-sig", newline="") as f:
+        writer = csv.DictWriter(f, ["id", "image", "title", "price", *FACETS, "split"])
+        writer.writeheader()
+        for split, table, names in parts:
+            for row in _catalog_rows(table, names, world, f"{seed}-{split}"): writer.writerow({**row, "split": split})
 
 # %% ../nbs/06_toyshop.ipynb #1666bf6e
 def write_toyshop(
@@ -372,38 +415,10 @@ def write_toyshop(
     "写出一个完整的数据集文件夹。同样的参数得到同样的记录和同样的像素，与进程数无关。"
     if world not in STYLE_OF: raise VembedError(f"world={world!r} 无效；只有 A（图画书）和 B（网店）")
     if min(n_train, n_val, n_test, n_queries) < 1: raise VembedError("n_train、n_val、n_test、n_queries 都至少是 1")
-    out, counts, first = claim_dir(out, overwrite, marks=["toyshop.json"]), {}, 0
-    catalog = []
-    for split, n in dict(train=n_train, val=n_val, test=n_test).items():
-        table = sample_pictures(split, n, seed)
-        names = lambda i, first=first: f"images/{(first + i) // 1000:03d}/{first + i:06d}.jpg"
-        draw_all(out, [names(i) for i in range(n)], table, STYLE_OF[world], size, seed + first, workers)
-        counts |= _write_split(out, split, Shelf(table), names, world, seed, captions, n_queries)
-        catalog.append((split, table, names))
-        first += n
-    _write_catalog(out, catalog, world, seed)
-    summary = dict(world=world, seed=seed, size=size, pictures=first, counts=counts)
+    out = claim_dir(out, overwrite, marks=["toyshop.json"])
+    records = lambda split, table, names: _records(split, Shelf(table), names, world, seed, captions, n_queries)
+    parts, counts = write_splits(out, dict(train=n_train, val=n_val, test=n_test), partial(sample_pictures, seed=seed), partial(_paint, style=STYLE_OF[world], size=size), records, seed, workers)
+    _write_catalog(out, parts, world, seed)
+    summary = dict(world=world, seed=seed, size=size, pictures=n_train + n_val + n_test, counts=counts)
     write_json(out/"toyshop.json", summary)
     return summary
-
-# %% ../nbs/06_toyshop.ipynb #ce5b908f
-def _write_split(out, split, shelf, names, world, seed, captions, n_queries):
-    "写一部分的 JSONL；返回 {文件名: 条数}。"
-    rnd = random.Random(f"{seed}-{split}")
-    main = list(text_records(shelf, names, world, rnd, captions)) if split != "train" else text_records(shelf, names, world, rnd, captions)
-    if split == "test":
-        main = rnd.sample(main, min(n_queries, len(main)))
-        _write_jsonl(out/"corpus.jsonl", ({"id": names(i), "image": names(i)} for i in range(len(shelf.table))))
-        lines = [f"{r['query_id']}\t{p}\t1" for r in main for p in r["positives"]]
-        (out/"qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8")
-    files = {split: main, f"{split}_i2i": view_records(shelf, names), f"{split}_i2t": caption_records(shelf, names, world, rnd),
-             f"{split}_composed": edit_records(shelf, names, rnd), f"{split}_t2t": pair_records(shelf, world, rnd)}
-    return {name: _write_jsonl(out/f"{name}.jsonl", records) for name, records in files.items()}
-
-def _write_catalog(out, parts, world, seed):
-    "写商品表；带 BOM，Excel 直接打开不乱码。"
-    with open(out/"catalog.csv", "w", encoding="utf-8-sig", newline="") as f:
-        writer = csv.DictWriter(f, ["id", "image", "title", "price", *FACETS, "split"])
-        writer.writeheader()
-        for split, table, names in parts:
-            for row in _catalog_rows(table, names, world, f"{seed}-{split}"): writer.writerow({**row, "split": split})
