@@ -377,7 +377,7 @@ def test_image_cache_mb(fit, monkeypatch):
     monkeypatch.setattr(base, "open_image", lambda p, root="", *a, **k: opened.append(p) or real(p, root, *a, **k))
     count = lambda **kw: (opened.clear(), fit(str(kw), epochs=2, **kw), len(opened))[2]
     assert count(image_cache_mb=0) == 48 and count(image_cache_mb=64) == 24
-    assert dual.DualEncoder.cache == {}, "缓存不能挂在类上"
+    assert len(dual.DualEncoder.cache) == 0, "缓存不能挂在类上"
 
 
 @covers("save_total_limit")

@@ -325,3 +325,66 @@ def test_adapter_and_relative_paths(models, tmp_path, monkeypatch):
     assert torch.equal(pickle.loads(pickle.dumps(enc)).encode(["红"]), enc.encode(["红"]))
     adapt.freeze(frozen := load_encoder(models["clip"]), "text")
     assert torch.equal(pickle.loads(pickle.dumps(frozen)).train().encode(["红"]), frozen.encode(["红"]))
+
+
+# ---- 几个线程同时 encode ----
+
+def in_turn(enc, first, second):
+    "两个线程：first 先进 encode，停在预处理里；second 也进来了，first 才走完；second 等 first 走完再算。返回两个结果。"
+    import threading
+
+    entered, done, real, results = {n: threading.Event() for n in "ab"}, threading.Event(), enc.preprocess, {}
+
+    def preprocess(items, *rest):
+        me = threading.current_thread().name
+        inputs = real(items, *rest)
+        if not entered[me].is_set():
+            entered[me].set()
+            assert (entered["b"] if me == "a" else done).wait(20)
+        return inputs
+
+    def work(me, items):
+        try: results[me] = enc.encode(items), enc.truncated
+        except BaseException as e: results[me] = e
+        finally: entered[me].set(); (done if me == "a" else threading.Event()).set()
+
+    enc.__dict__["preprocess"] = preprocess
+    threads = [threading.Thread(target=work, args=x, name=x[0]) for x in (("a", first), ("b", second))]
+    try:
+        threads[0].start(); assert entered["a"].wait(20)
+        threads[1].start()
+        for t in threads: t.join(30)
+    finally: del enc.__dict__["preprocess"]
+    for r in results.values():
+        if isinstance(r, BaseException): raise r
+    return results["a"], results["b"]
+
+
+def test_threads_and_dropout(models):
+    "训练状态的编码器，两个线程同时 encode：先走完的不许替另一个打开 dropout；都走完才恢复训练状态。"
+    enc = load_encoder(models["both"])
+    want = enc.encode(["红色的杯子", "蓝"])
+    for m in enc.modules():
+        if isinstance(m, torch.nn.Dropout): m.p = .5
+    enc.train()
+    (a, _), (b, _) = in_turn(enc, ["红色的杯子"], ["蓝"])
+    assert enc.training and all(m.training for m in enc.modules()), "没有恢复训练状态"
+    assert torch.allclose(torch.cat([a, b]), want, atol=1e-6), "向量里有 dropout"
+    enc.eval()
+    in_turn(enc, ["红色的杯子"], ["蓝"])
+    assert not any(m.training for m in enc.modules())
+    enc.train()
+    refused("不存在", lambda: enc.encode([Item(image="没有.png")]))
+    assert enc.training, "出错之后没有恢复"
+
+
+@pytest.mark.filterwarnings("ignore:.*截掉了")
+@pytest.mark.parametrize("name", ["clip", "vlm", "bert"])
+def test_threads_and_truncation(models, name):
+    "截断的段数，各个线程各数各的。"
+    enc = load_encoder(models[name])
+    long = "杯" * (enc.card.max_length + 40)
+    (_, a), (_, b) = in_turn(enc, [long, long + "红", "短"], [long + "蓝", "红"])
+    assert (a, b) == (2, 1)
+    enc.encode(["短"])
+    assert enc.truncated == 0

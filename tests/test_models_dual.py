@@ -179,11 +179,12 @@ def test_cache(enc, tmp_path):
             got = enc.preprocess(items, tmp_path)
             assert got.tensors.keys() == plain.tensors.keys() and all(torch.equal(got[k], plain[k]) and got[k].dtype == plain[k].dtype for k in plain.tensors)
         assert len(enc.cache) == 3
-        enc.cache, enc.cache_bytes = {}, 14_000  # 只够一张（3·32·32·4 = 12,288 字节）
+        enc.cache_pixels(1)
+        enc.cache.budget = 14_000  # 只够一张（3·32·32·4 = 12,288 字节）
         enc.preprocess(items, tmp_path)
         assert len(enc.cache) == 1
     finally: enc.cache_pixels(0)
-    assert DualEncoder.cache == {} and enc.cache == {}
+    assert len(DualEncoder.cache) == 0 and len(enc.cache) == 0
 
 
 def test_truncation_is_counted(enc):

@@ -12,7 +12,7 @@ import torch
 
 from .core import VembedError
 from .data.tasks import Item, as_item
-from .models.base import Encoder
+from .models.base import Encoder, eval_mode
 from .models.load import load_encoder
 from .vectors import cosine, maxsim
 
@@ -85,10 +85,7 @@ def heat(self,
     words = [query[a:b].strip() for _, a, b in spans]
     at = [spans[i][0] for i in self._chosen(query, token, spans, words)]
     rows, cols, cells = enc.grid(item, self._root)
-    was = enc.training
-    enc.eval()
-    try: q, d = (enc(x.to(enc.device)).vectors[0].cpu() for x in (enc.preprocess([Item(query)], role="query"), enc.preprocess([item], self._root)))
-    finally: enc.train(was)
+    with eval_mode(enc): q, d = (enc(x.to(enc.device)).vectors[0].cpu() for x in (enc.preprocess([Item(query)], role="query"), enc.preprocess([item], self._root)))
     return (q[at] @ d[cells].T).mean(0).view(rows, cols).numpy(), words
 
 def _chosen(self, query, token, spans, words):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'FILTERS', 'Version', 'DualEncoder', 'check_tokenizer', 'check_reload', 'preprocess', 'text_tensors',
-           'image_tensors', 'pixels', 'cache_pixels', 'features', 'forward', 'Tower', 'TextTower', 'ImageTower',
-           'towers', 'get_scale', 'set_scale', 'open_clip_name', 'need_open_clip', 'check_open_clip', 'resize_and_crop',
-           'to_pixels', 'OpenClipEncoder', 'hushed']
+           'image_tensors', 'pixels', 'features', 'forward', 'Tower', 'TextTower', 'ImageTower', 'towers', 'get_scale',
+           'set_scale', 'open_clip_name', 'need_open_clip', 'check_open_clip', 'resize_and_crop', 'to_pixels',
+           'OpenClipEncoder', 'hushed']
 
 # %% ../../nbs/22_models.dual.ipynb #30906133
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ from torch import nn
 
 from ..core import VembedError, did_you_mean, need, write_json
 from ..data.batch import Inputs
-from .base import Encoder, ModelCard, batch_pixels, open_images
+from ..data.tasks import Item
+from .base import Encoder, ModelCard, batch_pixels, cache_pixels, open_images
 from .files import Source, explained
 from ..vectors import Embeddings, normalize
 
@@ -147,24 +148,14 @@ def pixels(self,
     image_root="",  # 图片根目录
 ) -> dict:  # 名字 → [n, …]
     "图像塔要的张量；`cache_pixels` 之后会记住路径图片的结果。"
-    if not self.cache_bytes: return self.image_tensors(open_images(items, image_root))
-    key = lambda i: (str(image_root), i.image) if isinstance(i.image, str) else id(i)
-    new = {key(i): i for i in items if key(i) not in self.cache}
-    made = self.image_tensors(open_images(list(new.values()), image_root)) if new else {}
-    fresh = {k: {name: t[n] for name, t in made.items()} for n, k in enumerate(new)}
-    rows = [self.cache[k] if k in self.cache else fresh[k] for k in map(key, items)]
-    for k, row in fresh.items():
-        if isinstance(k, tuple) and (len(self.cache) + 1) * sum(t.nbytes for t in row.values()) <= self.cache_bytes: self.cache[k] = {name: t.clone() for name, t in row.items()}
+    if not self.cache.budget: return self.image_tensors(open_images(items, image_root))
+    def make(images):
+        made = self.image_tensors(open_images([Item(image=i) for i in images], image_root))
+        return [{name: t[n] for name, t in made.items()} for n in range(len(images))]
+    rows = self.cache.fetch([i.image for i in items], image_root, make)
     return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
 
-def cache_pixels(self,
-    megabytes: int,  # 预算；0 表示清空并停用
-):
-    "开始（或停止）记住处理过的图片。"
-    self.cache, self.cache_bytes = {}, megabytes * 2**20
-
 DualEncoder.pixels, DualEncoder.cache_pixels = pixels, cache_pixels
-DualEncoder.cache, DualEncoder.cache_bytes = {}, 0
 
 # %% ../../nbs/22_models.dual.ipynb #2697e5b5
 def features(

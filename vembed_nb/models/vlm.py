@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QWEN', 'GME', 'VERSIONS', 'GENERIC', 'OPTIONS', 'IM', 'CHAT', 'MARK', 'MROPE', 'add_chat_tokens', 'Prompt', 'Chat',
-           'set_pixels', 'render', 'image_tokens', 'pixels', 'pack', 'rope_positions', 'hidden_states', 'VLMEncoder',
-           'make_card', 'cache_pixels', 'preprocess', 'instruction', 'forward', 'cost', 'get_scale', 'set_scale',
+           'set_pixels', 'render', 'image_tokens', 'patch_pixels', 'pixels', 'pack', 'rope_positions', 'hidden_states',
+           'VLMEncoder', 'make_card', 'preprocess', 'instruction', 'forward', 'cost', 'costs', 'get_scale', 'set_scale',
            'TextTower', 'VisionTower', 'vision_tower', 'towers']
 
 # %% ../../nbs/23_models.vlm.ipynb #3a1372af
@@ -13,6 +13,7 @@ import copy
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 from ..core import VembedError, did_you_mean
 from ..data.batch import Inputs
 from ..data.tasks import Item
-from .base import Encoder, ModelCard, open_images
+from .base import Encoder, ModelCard, PerThread, cache_pixels, open_images, side_by_side, to_normal
 from ..vectors import Embeddings, normalize, pool
 
 # %% ../../nbs/23_models.vlm.ipynb #efea4b5a
@@ -73,6 +74,8 @@ class Prompt(str):
 # %% ../../nbs/23_models.vlm.ipynb #2e0c629c
 class Chat:
     "图和字怎样变成一行 token：Qwen2-VL、Qwen2.5-VL、Qwen3-VL，以及一张图的 token 数固定的 LLaVA 一类。"
+    truncated = PerThread()  # 这个线程里截断了几段
+
     def __init__(self,
         tokenizer,  # 快速分词器
         image_processor,  # Qwen2-VL 式的（输出 pixel_values 和 image_grid_thw），或一张图一个固定形状的
@@ -160,6 +163,25 @@ def image_tokens(self,
     try: return self.image_processor.get_number_of_image_patches(height, width) // self.merge**2
     except ValueError as e: raise VembedError(f"图片 {width}×{height} 太狭长，缩放不了（{e}）；先裁一裁") from e
 
+def patch_pixels(
+    processor,  # 图像处理器
+    images: list,  # [PIL.Image]，RGB
+):  # 每张图一对 (小块, 格子)；处理器不是普通的 Qwen2-VL 式的为 None
+    "与处理器做的事相同，但大小相同的图一起乘、减、除、切块（相差不到 1e-6）。"
+    p = processor
+    if type(p).__name__ != "Qwen2VLImageProcessorPil" or not (p.do_resize and p.do_rescale and p.do_normalize): return None
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    P, m, T = p.patch_size, p.merge_size, p.temporal_patch_size
+    sizes = [smart_resize(im.height, im.width, P * m, p.size["shortest_edge"], p.size["longest_edge"]) for im in images]
+    small = side_by_side(lambda one: np.asarray(one[0].resize(one[1][::-1], p.resample)), list(zip(images, sizes)))
+    out = [None] * len(images)
+    for h, w in set(sizes):
+        at = [i for i, size in enumerate(sizes) if size == (h, w)]
+        x = to_normal(p, np.stack([small[i] for i in at])).view(len(at), 3, h // P // m, m, P, w // P // m, m, P).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        x = x.unsqueeze(6).expand(*x.shape[:6], T, P, P).reshape(len(at), h // P * (w // P), -1)
+        for i, patches in zip(at, x): out[i] = (patches, torch.tensor([1, h // P, w // P]))
+    return out
+
 def pixels(self,
     images,  # [PIL.Image，或以前得到的一对 (小块, 格子)]
 ) -> list:  # 每张图一对：小块 [格子数, 3·T·P·P]，格子 [3]（时间、高、宽各几块；固定的模型是 None）
@@ -167,6 +189,8 @@ def pixels(self,
     new = [im for im in images if not isinstance(im, tuple)]
     for im in new: self.image_tokens(*im.size)
     if not new: return list(images)
+    pairs = patch_pixels(self.image_processor, new) if self.merge else None
+    if pairs is not None: return [im if isinstance(im, tuple) else pairs.pop(0) for im in images]
     out = self.image_processor(images=new, return_tensors="pt")
     grids = out["image_grid_thw"] if self.merge else [None] * len(new)
     pairs = zip(out["pixel_values"].split([int(g.prod()) for g in grids] if self.merge else 1), grids)
@@ -282,7 +306,7 @@ class VLMEncoder(Encoder):
         **options,  # `OPTIONS` 的键和 max_length，盖过 card
     ):
         super().__init__()
-        self.model, self.output_layers, self.cache, self.cache_bytes = model, tuple(output_layers), {}, 0
+        self.model, self.output_layers = model, tuple(output_layers)
         self.card = make_card(model.config, card, options).expect(model.config.get_text_config().hidden_size)
         n = model.config.get_text_config().num_hidden_layers
         if bad := [k for k in self.output_layers if not 1 <= k <= n]: raise VembedError(f"output_layers 里的 {bad[0]} 不行：这个模型有 {n} 层，要在 1 到 {n} 之间")
@@ -325,21 +349,10 @@ def make_card(
 
 # %% ../../nbs/23_models.vlm.ipynb #e7b63fd7
 def _pictures(self, items, image_root):
-    "每张图一个 PIL 图，或缓存里的 (小块, 格子)。"
-    if not self.cache_bytes: return open_images(items, image_root)
-    images, key = [i for item in items for i in item.images], lambda i: (str(image_root), i)
-    new = list(dict.fromkeys(i for i in images if isinstance(i, str) and key(i) not in self.cache))
-    fresh = dict(zip(new, self.chat.pixels(open_images([Item(image=i) for i in new], image_root))))
-    for i, (patches, grid) in fresh.items():
-        self.cached += patches.numel() * 4
-        if self.cached <= self.cache_bytes: self.cache[key(i)] = (patches.clone(), grid)
-    return [i if not isinstance(i, str) else self.cache.get(key(i)) or fresh[i] for i in images]
-
-def cache_pixels(self,
-    megabytes: int,  # 预算；0 表示清空并停用
-):
-    "开始（或停止）记住处理过的图片。"
-    self.cache, self.cache_bytes, self.cached = {}, megabytes * 2**20, 0
+    "每张图一个 PIL 图，或记住的 (小块, 格子)。"
+    if not self.cache.budget: return open_images(items, image_root)
+    make = lambda images: [{"patches": p} | ({} if g is None else {"grid": g}) for p, g in self.chat.pixels(open_images([Item(image=i) for i in images], image_root))]
+    return [(row["patches"], row.get("grid")) for row in self.cache.fetch([i for item in items for i in item.images], image_root, make)]
 
 VLMEncoder._pictures, VLMEncoder.cache_pixels = _pictures, cache_pixels
 
@@ -390,8 +403,15 @@ def cost(self,
     image_root="",  # 图片根目录
 ) -> float:  # token 数，不含指令和模板
     "一个样本多少个 token；图片只读文件头，读不到时按最大的算。"
-    n = len(self.chat.tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"]) if item.text else 0
-    return n + sum(self._image_cost(i, image_root) for i in item.images)
+    return self.costs([item], image_root)[0]
+
+def costs(self,
+    items,  # [Item]
+    image_root="",  # 图片根目录
+) -> list:  # 每个样本的 token 数
+    "同上，一列样本：文字一起分词。"
+    ids = self.chat.tokenizer([i.text or "" for i in items], add_special_tokens=False, verbose=False)["input_ids"] if items else []
+    return [len(x) + sum(self._image_cost(im, image_root) for im in i.images) for x, i in zip(ids, items)]
 
 def _image_cost(self, image, image_root):
     "一张图多少个 token。"
@@ -400,7 +420,7 @@ def _image_cost(self, image, image_root):
         with Image.open(Path(image_root)/image) as im: return self.image_tokens(*im.size)
     except (OSError, VembedError): return self.chat.max_pixels // self.chat.side**2 if self.chat.merge else self.chat.fixed
 
-VLMEncoder.image_tokens, VLMEncoder.cost, VLMEncoder._image_cost = image_tokens, cost, _image_cost
+VLMEncoder.image_tokens, VLMEncoder.cost, VLMEncoder.costs, VLMEncoder._image_cost = image_tokens, cost, costs, _image_cost
 
 # %% ../../nbs/23_models.vlm.ipynb #2a2cacb1
 def get_scale(self) -> dict:  # {"temperature": τ 或 None, "bias": None}
