@@ -1,11 +1,12 @@
 """造一个随机的晚交互微型模型：真的类、真的处理器，只是很小。"""
 import torch
 from vembed_nb.models.base import quiet
-from vembed_nb.models.late import LateEncoder
+from vembed_nb.models.late import LateEncoder, col_idefics3
 from vembed_nb.pretrain import build_tokenizer
 
 SPECIAL = {"colpali": ["<image>"], "colqwen2": ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>"],
            "colmodernvbert": ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|begin_of_text|>", *(f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6))]}
+SPECIAL["colsmol"] = ["<|im_start|>", *SPECIAL["colmodernvbert"]]
 TEXT = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=4096)
 
 
@@ -51,6 +52,16 @@ def colmodernvbert(tok, h, dim, full):
     return ColModernVBertForRetrieval(config), ColModernVBertProcessor(Idefics3ImageProcessorPil(size={"longest_edge": (4 if full else 2) * size}, max_image_size={"longest_edge": size}), tok, image_seq_len=(size // patch // shuffle)**2)
 
 
+def colsmol(tok, h, dim, full):
+    from transformers import Idefics3Config, Idefics3ImageProcessorPil, Idefics3Processor
+    text = dict(TEXT, model_type="llama", vocab_size=len(tok), hidden_size=h, num_key_value_heads=1, pad_token_id=tok.pad_token_id)
+    size, patch, shuffle = (512, 16, 4) if full else (32, 8, 2)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=size, patch_size=patch)
+    own = {} if dim == 128 else dict(embedding_dim=dim)  # colpali-engine 固定 128 维，config.json 里没有这一项
+    config = Idefics3Config(text_config=text, vision_config=vision, image_token_id=tok.convert_tokens_to_ids("<image>"), scale_factor=shuffle, pad_token_id=tok.pad_token_id, **own)
+    return col_idefics3()(config), Idefics3Processor(Idefics3ImageProcessorPil(size={"longest_edge": (4 if full else 2) * size}, max_image_size={"longest_edge": size}), tok, image_seq_len=(size // patch // shuffle)**2)
+
+
 def make(kind="colqwen2", seed=0, hidden=16, dim=8, full=False):
     "(模型, Processor)。`full`：图像处理器、小块和瓦片的大小与真的一样，只有层数和宽度是小的。"
     tok = tokenizer(kind, 4096 if full else 256)
@@ -58,10 +69,26 @@ def make(kind="colqwen2", seed=0, hidden=16, dim=8, full=False):
     with quiet():
         if kind == "colpali": out = colpali(tok, hidden, dim, full)
         elif kind == "colmodernvbert": out = colmodernvbert(tok, hidden, dim, full)
+        elif kind == "colsmol": out = colsmol(tok, hidden, dim, full)
         else: out = colqwen2(tok, hidden, dim, full, "qwen2_5_vl" if kind == "colqwen2.5" else "qwen2_vl")
     for name, p in out[0].named_parameters():  # 默认的初始化（0.02）让注意力几乎均匀，看不出位置和掩码的错
         if p.ndim > 1: torch.nn.init.normal_(p, std=0.3)
     return out[0].eval(), out[1]
+
+
+def engine(folder, kind="colqwen2", seed=0, dim=8, old=False):
+    "同一个微型 ColQwen2，存成 colpali-engine 的格式；`old`：transformers 4.52 以前的参数名。返回 (文件夹, 模型, Processor)。"
+    from copy import deepcopy
+
+    from safetensors.torch import save_file
+    model, processor = make(kind, seed, dim=dim)
+    config = deepcopy(model.config.vlm_config)
+    config.architectures, config.embedding_dim = ["ColQwen2_5" if kind == "colqwen2.5" else "ColQwen2"], dim
+    with quiet():
+        for part in (config, processor.image_processor, processor.tokenizer): part.save_pretrained(folder)
+    rename = lambda k: k.removeprefix("vlm.").replace("embedding_proj_layer", "custom_text_proj").replace("language_model.", "model." if old else "language_model.")
+    save_file({rename(k): v.contiguous() for k, v in model.state_dict().items()}, folder/"model.safetensors", metadata={"format": "pt"})
+    return folder, model, processor
 
 
 def build(folder, seed=0, kind="colqwen2", **sizes):
