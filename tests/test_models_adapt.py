@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -394,3 +395,55 @@ def test_trainer_continues_an_adapter(micro, shop, tmp_path):
     given = load_encoder(micro)
     small(given).adapter.base = ""
     with refused("不知道底座"): Trainer(given, **kw, output_dir=str(tmp_path / "y")).train()
+
+
+def test_trainer_says_it_trains_only_the_adapter(micro, shop, tmp_path):
+    "从适配器的文件夹开始、没有写 use_lora：提醒一次，有百分比和出路；写了、从合并后的开始、续训、自己加的适配器，都不提醒。"
+    from vembed_nb.train.trainer import Trainer
+
+    kw = dict(data_path=str(shop / "train.jsonl"), epochs=1, batch_size=8, learning_rate=1e-2)
+    Trainer(micro, **kw, use_lora=True, lora_r=2, output_dir=str(tmp_path / "one")).train()
+
+    def said(trainer, **options):
+        with warnings.catch_warnings(record=True) as got:
+            warnings.simplefilter("always")
+            trainer.train(**options)
+        return [str(w.message) for w in got if "适配器" in str(w.message)]
+
+    t = Trainer(str(tmp_path / "one"), **kw, output_dir=str(tmp_path / "two"))
+    (line,) = said(t)
+    table = adapt.trainable_table(t.encoder)
+    assert f"{table.total('trainable') / table.total('parameters'):.2%}" in line and "合并" in line and "\n" not in line and table.total("trainable") < table.total("parameters") / 2
+    adapt.use_adapter(t.encoder, None)
+    assert torch.equal(out(t.encoder), out(load_encoder(micro)))  # 说的是实话：底座没有动
+    adapt.save_merged(load_encoder(tmp_path / "one"), tmp_path / "merged")
+    full = Trainer(str(tmp_path / "merged"), **kw, output_dir=str(tmp_path / "full"))
+    assert said(full) == [] and all(p.requires_grad for p in full.encoder.parameters())
+    assert said(Trainer(str(tmp_path / "one"), **kw, use_lora=True, lora_r=2, output_dir=str(tmp_path / "three"))) == []
+    assert said(Trainer(str(tmp_path / "one"), **kw, output_dir=str(tmp_path / "two")), resume=True) == []
+    assert said(Trainer(small(load_encoder(micro)), **kw, output_dir=str(tmp_path / "mine"))) == []
+
+
+def test_trainer_refuses_a_changed_base(micro, shop, tmp_path):
+    "编码器打开之后变过、加了适配器之后底座变过、合并过：第一步之前就拒绝，不占文件夹，编码器原样；存下再打开，就可以。"
+    from vembed_nb.train.trainer import Trainer
+
+    kw = dict(data_path=str(shop / "train.jsonl"), epochs=1, batch_size=8, use_lora=True, lora_r=2)
+    def nudge(enc):
+        with torch.no_grad(): next(p for n, p in enc.named_parameters() if p.ndim == 2 and "lora_" not in n and "modules_to_save" not in n).view(-1)[0].add_(.1)
+        return enc
+
+    changed, later, fused = nudge(load_encoder(micro)), nudge(small(load_encoder(micro))), adapt.merge(shake(small(load_encoder(micro))))
+    for enc, word in ((changed, "打开之后"), (later, "加上适配器以后"), (fused, "打开之后")):
+        steps = []
+        enc.register_forward_pre_hook(lambda *a: steps.append(1))
+        with refused(word) as e: Trainer(enc, **kw, output_dir=str(tmp_path / "x")).train()
+        assert "\n" not in str(e.value) and not steps and not (tmp_path / "x").exists()
+    assert not hasattr(changed, "adapter") and all(p.requires_grad for p in changed.parameters())
+    changed.save(tmp_path / "base")
+    t = Trainer(str(tmp_path / "base"), **kw, output_dir=str(tmp_path / "ok"))
+    t.train()
+    assert (out(load_encoder(tmp_path / "ok")) - out(t.encoder)).abs().max() <= 1e-6
+    biased = small(load_encoder(micro), bias="all")  # 这样的适配器自己就改底座的偏置，可以接着训
+    for n in "ab": Trainer(biased, **kw, output_dir=str(tmp_path / n)).train()
+    assert (out(load_encoder(tmp_path / "b")) - out(biased)).abs().max() <= 1e-6

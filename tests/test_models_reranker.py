@@ -81,6 +81,18 @@ def test_sequence_classification_of_a_causal_model(folders):
     assert torch.allclose(r.score_pairs(TEXTS), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_same_as_cross_encoder(tmp_path, kind):
+    "同一个文件夹，sentence-transformers 的 CrossEncoder 打开，logit 相同；它默认的 predict 就是我们的 sigmoid。"
+    st = pytest.importorskip("sentence_transformers")
+    folder = build(tmp_path, kind=kind, initializer_range=.3)  # 权重大一些，不同的对分数才分得开
+    r, texts = opened(folder), [(q.text, d.text) for q, d in TEXTS]
+    with quiet(): theirs = st.CrossEncoder(str(folder), device="cpu")
+    for kw, activation in (({"activation_fn": torch.nn.Identity()}, "none"), ({}, "sigmoid")):
+        want = theirs.predict(texts, convert_to_tensor=True, show_progress_bar=False, **kw)
+        assert torch.allclose(r.score_pairs(TEXTS, activation=activation), want, atol=1e-5) and want.std() > .01
+
+
 def test_the_authors_layout(folders):
     "Qwen3-VL-Reranker 和 Qwen3-Reranker 的提示，逐字。"
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -275,18 +287,23 @@ def test_bad_input(folders):
     if not torch.cuda.is_available(): refused(lambda: Reranker.open(Source("四位", str(folders["qwen3_vl"]), quantize="4bit")), "GPU", "bitsandbytes")
 
 
-def test_adapter_folder_opens_by_name(tmp_path):
-    "只存了适配器的重排器：load_reranker 找到底座，打分相同。"
-    import micro_reranker
-    import torch
-
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_folder(folders, name, tmp_path):
+    "训过的 LoRA：load_reranker 打开只存适配器的文件夹，分相同；合并后的文件夹没有 peft，分也相同；底座一个字节不变。"
     from vembed_nb.models import adapt
     from vembed_nb.models.load import load_reranker
 
-    reranker = load_reranker(micro_reranker.build(tmp_path/"base"))
-    adapt.lora(reranker, r=2, verbose=False)
-    for n, p in reranker.named_parameters():
-        if "lora_B" in n: p.data.normal_()
-    reranker.save(tmp_path/"adapter")
-    docs = ["一只红杯子", "一双鞋"]
-    assert torch.allclose(load_reranker(tmp_path/"adapter").score("红色的杯子", docs), reranker.eval().score("红色的杯子", docs), atol=1e-6)
+    before = {p.name: p.read_bytes() for p in Path(folders[name]).iterdir()}
+    r = adapt.lora(load_reranker(folders[name]), r=4, verbose=False)
+    pairs = pairs_for(r)
+    plain, g = r.score_pairs(pairs), torch.Generator().manual_seed(1)
+    assert torch.equal(plain, load_reranker(folders[name]).score_pairs(pairs))
+    with torch.no_grad():
+        for n, p in r.named_parameters():
+            if p.requires_grad: p.add_(torch.randn(p.shape, generator=g), alpha=.1)
+    want = r.score_pairs(pairs)
+    r.save(tmp_path/"adapter"); adapt.save_merged(r, tmp_path/"merged")
+    assert (want - plain).abs().max() > 1e-3 and want.std() > 1e-3 and (tmp_path/"adapter"/"adapter_config.json").exists() and not list((tmp_path/"adapter").glob("model*")) and not (tmp_path/"merged"/"adapter_config.json").exists()
+    assert (load_reranker(tmp_path/"adapter").score_pairs(pairs) - want).abs().max() <= 1e-6
+    assert (load_reranker(tmp_path/"merged").score_pairs(pairs) - want).abs().max() <= 1e-4
+    assert {p.name: p.read_bytes() for p in Path(folders[name]).iterdir()} == before

@@ -1,5 +1,5 @@
 """交出去：导出的文件夹里写着什么，ONNX 的向量一样，int8 差得不多，模型卡读得回来，包装守约定，拒绝是一句话。
-sentence-transformers 和 mteb 真的打开，在 benchmarks/export_check.py 和 benchmarks/mteb_check.py（另一个环境），这里核对它们记下的结果。"""
+sentence-transformers 真的打开；更多的组合和 mteb 在 benchmarks/export_check.py、benchmarks/mteb_check.py（另一个环境），这里核对它们记下的结果。"""
 import importlib.util
 import json
 import math
@@ -122,7 +122,7 @@ def test_st_refusals(tmp_path):
     import micro_late
     from vembed_nb.models.late import LateEncoder
     late = lambda kind, **kw: LateEncoder(*micro_late.make(kind), **kw)
-    for make, word in ((lambda: composed(text="", image="vit_mae"), "噪声"), (lambda: composed(text="", image_pooling="mean"), "跳过"), (lambda: late("colqwen2"), "positions"), (lambda: late("colpali", augment=0), "augment"), (lambda: late("colmodernvbert"), "input_ids")):
+    for make, word in ((lambda: composed(text="", image="vit_mae"), "噪声"), (lambda: composed(text="", image_pooling="mean"), "跳过"), (lambda: late("colqwen2"), "positions"), (lambda: late("colpali", augment=0), "augment"), (lambda: late("colmodernvbert"), "input_ids"), (lambda: late("colsmol"), "colpali-engine")):
         refused(lambda: ship.export_sentence_transformers(make(), tmp_path/"x"), "sentence-transformers", word)
         assert not (tmp_path/"x").exists() and not list(tmp_path.iterdir())
 
@@ -159,6 +159,28 @@ def test_live_check_is_recorded():
     for name, r in rows.items(): assert ("refused" in r) == ("应当拒绝" in name) and "error" not in r and (r.get("met") or "refused" in r), name
     mteb = json.loads((ROOT/"assets/results/mteb_check.json").read_text(encoding="utf-8"))["rows"]
     assert abs(mteb["retrieval"]["mteb"]["ndcg_at_10"] - mteb["retrieval"]["ours"]["ndcg@10"]) < 1e-4
+
+
+@pytest.fixture
+def export_check(monkeypatch):
+    "benchmarks/export_check.py：怎样和 sentence-transformers 比，写在那里；Qwen 的处理器换成不要 torchvision 的。"
+    pytest.importorskip("sentence_transformers")
+    import sentence_transformers.base.modules.transformer as st
+    spec = importlib.util.spec_from_file_location("export_check", ROOT/"benchmarks/export_check.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    monkeypatch.setattr(st, "AutoProcessor", st.AutoProcessor)  # 测试之后换回来
+    module.no_video()
+    return module
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip", "tiny-bert-dinov2", "tiny-qwen3vl", "clip + LoRA", "qwen3", "colpali"])
+def test_st_live(export_check, micro, tmp_path, name):
+    "导出的文件夹，sentence-transformers 在本进程里打开：文字（两个角色）、图、图加文，向量都相同。"
+    make = {"clip + LoRA": lambda: export_check.with_lora(load_encoder(micro)), "qwen3": lambda: composed(text="qwen3", image=""), "colpali": lambda: export_check.late("colpali")}
+    encoder = make.get(name, lambda: load_encoder(name))()
+    if encoder.card.family in ("dual", "composed"): encoder.card.prompts = {"query": "找图：", "document": ""}
+    gaps = export_check.compare(encoder, ship.export_sentence_transformers(encoder, tmp_path/"st"))
+    assert len(gaps) >= 2 and max(gaps.values()) <= 1e-5, gaps
 
 
 # ---------------------------------------------------------------- ONNX

@@ -79,6 +79,9 @@ def test_metadata(unpacked):
     base = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(base) == sorted(cfg["DEFAULT"]["requirements"].split())
     assert {"dev", *(k.removeprefix("extra_").replace("_", "-") for k in cfg["DEFAULT"] if k.startswith("extra_"))} == set(meta.get_all("Provides-Extra"))
+    dev = [r.split(";")[0].strip() for r in meta.get_all("Requires-Dist") if r.endswith('extra == "dev"')]
+    assert sorted(dev) == sorted(cfg["DEFAULT"]["dev_requirements"].split()) and any(r.startswith("sentence-transformers>=") for r in dev)
+    assert not [r for r in meta.get_all("Requires-Dist") if r.startswith("torchvision")]
     entry = configparser.ConfigParser(delimiters=["="])
     entry.read(info / "entry_points.txt")
     assert entry["console_scripts"]["vembed"] == "vembed_nb.cli:main" and entry["nbdev"]["vembed_nb"] == "vembed_nb._modidx:d"

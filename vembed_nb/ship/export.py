@@ -150,6 +150,8 @@ def st_composed(
 ):
     "一座塔：一串模块；两座塔：Router。"
     encoder.save(folder)
+    for file in Path(folder).rglob("tokenizer_config.json"):  # 分词器是从 CLIP 拿来的话，里面写着 CLIPProcessor，那边会照它去找图像处理器
+        write_json(file, {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "processor_class"})
     routes = {name: st_tower(encoder, name, folder) for name in encoder.towers()}
     if len(routes) == 1: return write_modules(folder, next(iter(routes.values())), encoder.card.prompts)
     names = {"Transformer": "sentence_bert_config.json"}
@@ -196,6 +198,7 @@ def st_late(
     "MultiVectorEncoder。设定改过（前缀、扩充 token、页面模板、位置）时抛 `VembedError`。"
     from vembed_nb.models.late import authors
     if encoder.card.model_type == "colmodernvbert": raise VembedError("ColModernVBERT 的处理器单给图时不产生 input_ids（transformers 5.23），sentence-transformers 编码不了页面；改用 encoder.save")
+    if encoder.card.model_type == "idefics3": raise VembedError("ColSmol 的类不在 transformers 里，sentence-transformers 打不开它；改用 encoder.save，存下的 colpali-engine 也打得开")
     if encoder.card.options.get("positions") == "grid": raise VembedError("ColQwen2 的图 token 要行列位置，transformers 5.23 的 forward 没有把它们传下去，sentence-transformers 里的向量会不同；用 positions=\"flat\" 打开、评测过再导出，或用 encoder.save")
     prompts, options = authors(encoder.processor, encoder.card.model_type)
     free = ("positions", "document_tokens", "min_pixels", "max_pixels", "padding_side")

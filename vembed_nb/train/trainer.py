@@ -9,6 +9,7 @@ __all__ = ['Collate', 'make_loss', 'mrl_options', 'mixed_precision', 'make_train
 import json
 import math
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ..losses.contrastive import LOSSES
 from ..losses.late import ColBERTLoss
 from ..losses.matryoshka import Matryoshka
 from ..losses.targets import make_targets
-from ..models.adapt import checkpointing, freeze, lora, trainable_table
+from ..models.adapt import check_base, checkpointing, freeze, lora, trainable_table
 from ..models.base import Encoder
 from ..models.load import load_encoder, resolve_model
 from .checkpoint import INDEX, explain_writing, interrupt_flag, load_state, read_index, rng_state, save_checkpoint, set_rng_state, update_index
@@ -90,14 +91,16 @@ def make_trainable(
     config: TrainConfig,  # use_lora、lora_*、freeze、gradient_checkpointing
     base: str = "",  # 底座的名字或文件夹，写进适配器的检查点
 ) -> Encoder:  # 同一个编码器
-    "按配置加 LoRA、冻结、打开梯度检查点；已经有适配器的接着训它。对不上的名字、与适配器不同的秩，抛 `VembedError`。"
+    "按配置加 LoRA、冻结、打开梯度检查点；已经有适配器的接着训它。对不上的名字、与适配器不同的秩、找不回的底座，抛 `VembedError`。"
     have, c = getattr(encoder, "adapter", None), config
     targets = [t.strip() for t in c.lora_target_modules.replace("，", ",").split(",") if t.strip()]
+    if c.use_lora or have: check_base(encoder, base)
     if c.use_lora and not have: lora(encoder, c.lora_r, c.lora_alpha, c.lora_dropout, targets, base=base, verbose=False)
     if have and c.use_lora and have.peft.peft_config[have.name].r != c.lora_r:
         raise VembedError(f"模型已经带着一个 r={have.peft.peft_config[have.name].r} 的适配器，而配置 lora_r={c.lora_r}；改成一样的接着训它，或先用 save_merged 合并")
-    if getattr(encoder, "adapter", None) and not encoder.adapter.base: raise VembedError("不知道底座叫什么，训完存不下来；把模型的名字或文件夹交给 Trainer，或先用 lora(encoder, base=…) 写明")
     if c.freeze: freeze(encoder, *(w.strip() for w in c.freeze.replace("，", ",").split(",") if w.strip()))
+    if have and base and not c.use_lora:
+        warnings.warn(f"{c.model_name_or_path} 是一个适配器，这里只接着训它（use_lora=false 不会改成全量微调）：{trainable_table(encoder).line()}；要训练全部参数，先合并（save_merged，或 vembed export --to merged），再从合并后的文件夹开始", stacklevel=4)
     return checkpointing(encoder) if c.gradient_checkpointing else encoder
 
 # %% ../../nbs/55_train.trainer.ipynb #261e5551
