@@ -12,7 +12,8 @@ import numpy as np
 
 from ..core import VembedError
 from ..data.read import gallery_of
-from .metrics import bootstrap_ci, health, metrics, per_query, positive_ranks
+from ..data.tasks import Item
+from .metrics import KS, bootstrap_ci, health, metrics, per_query, positive_ranks
 
 # %% ../../nbs/42_evaluate.report.ipynb #2501a8c5
 SHOWN = ("hit@1", "hit@5", "hit@10", "recall@1", "recall@10", "mrr", "ndcg@10")
@@ -54,12 +55,14 @@ def evaluate_encoder(
     image_root="",  # 图片根目录
     batch_size: int = 128,  # 编码时每批几个
     name: str = "模型",  # 成绩单上的名字
+    mask_self: bool = True,  # 查询自己的图也在图库里、又不是正例时，把它排除；FashionIQ、CIRCO 的协议不排除
+    ks=KS,  # hit@K、recall@K、ndcg@K 的各个 K，1、5、10 总在其中
 ) -> EvalReport:
     "评测一个编码器。正例不在图库里的查询抛 `VembedError`。"
     ids, items, _ = corpus or gallery_of(records)
     d = encoder.encode(items, batch_size, image_root=image_root, desc="编码图库")
     q = encoder.encode([r.query for r in records], batch_size, image_root=image_root, role="query", desc="编码查询")
-    return report_from_vectors(q, d, records, ids, items, name)
+    return report_from_vectors(q, d, records, ids, items, name, mask_self, ks)
 
 def report_from_vectors(
     q,  # [Nq, D] 查询向量，次序与 records 相同；多向量模型是 Embeddings，用 MaxSim 比
@@ -68,13 +71,17 @@ def report_from_vectors(
     ids,  # [Nd] 图库的 id
     items,  # [Nd] 图库的 Item
     name: str = "模型",  # 成绩单上的名字
+    mask_self: bool = True,  # 见 `evaluate_encoder`
+    ks=KS,  # 见 `evaluate_encoder`
 ) -> EvalReport:
     "已经有向量时的评测；正例不在图库里时抛 `VembedError`。"
     where = {doc: i for i, doc in enumerate(ids)}
     lost = [(r, p) for r in records for p in r.positive_ids if p not in where]
     if lost: raise VembedError(f"{len(lost)} 个正例不在图库里，第一个是 {lost[0][1]!r}（{lost[0][0].where or lost[0][0].query_id}）；检查 id 是否一致")
-    own = {item.image: i for i, item in enumerate(items) if item.kind == "image"}
-    exclude = [[own[r.query.image]] if r.query.kind != "text" and r.query.image in own and ids[own[r.query.image]] not in r.positive_ids else [] for r in records]
+    ks = sorted({*KS, *ks})
+    own = {item.key: i for i, item in enumerate(items) if item.kind == "image"} if mask_self else {}
+    mine = [own.get(Item(image=r.query.image).key) if own and r.query.kind != "text" else None for r in records]
+    exclude = [[] if i is None or ids[i] in r.positive_ids else [i] for i, r in zip(mine, records)]
     ranks = positive_ranks(q, d, [[where[p] for p in r.positive_ids] for r in records], exclude)
-    values = per_query(ranks)
-    return EvalReport(name, metrics(ranks), {k: bootstrap_ci(v) for k, v in values.items()}, len(records), len(ids), health(d), ranks)
+    values = per_query(ranks, ks)
+    return EvalReport(name, metrics(ranks, ks), {k: bootstrap_ci(v) for k, v in values.items()}, len(records), len(ids), health(d), ranks)
