@@ -427,3 +427,83 @@ def test_shipped_configs_load(path):
     from vembed_nb.config import load_config
 
     load_config(path)
+
+
+@covers("retrieval_mode")
+def test_retrieval_mode(fit):
+    assert losses(fit("a", retrieval_mode="t2i")) == losses(fit("b"))
+    with pytest.raises(VembedError, match="train.jsonl 第 1 行"): fit("c", retrieval_mode="i2i")
+    with pytest.raises(VembedError, match="t2i"): TrainConfig(retrieval_mode="t2p")
+
+
+@pytest.fixture
+def grouped(shop, tmp_path):
+    "24 条，6 组各 4 条。"
+    rows = [json.loads(line) for line in (shop / "train.jsonl").read_text(encoding="utf-8").splitlines()][:24]
+    return str(write_jsonl(tmp_path / "grouped.jsonl", [{**r, "group": f"组 {n // 4}"} for n, r in enumerate(rows)]) or tmp_path / "grouped.jsonl")
+
+
+def batches_of(t): return [[t.sampler.records[i].group for i, _ in b] for b in (t.sampler.set_epoch(0), list(t.sampler))[1]]
+
+
+@covers("batch_sampler")
+def test_batch_sampler(fit, shop, grouped):
+    kw = dict(data_path=grouped, image_root=str(shop))
+    kinds = {k: fit(k, batch_sampler=k, **({**kw, "batch_size": 4} if k != "grouped" else kw)) for k in ("no_duplicates", "length", "grouped")}
+    assert [type(t.sampler).__name__ for t in kinds.values()] == ["NoDuplicateBatches", "LengthGroupedBatches", "GroupedBatches"]
+    assert all(len(set(b)) == 4 for b in batches_of(kinds["no_duplicates"])) and all(len(set(b)) == 2 for b in batches_of(kinds["grouped"]))
+    with pytest.raises(VembedError, match="group"): fit("d", batch_sampler="grouped")
+
+
+@covers("samples_per_group")
+def test_samples_per_group(fit, shop, grouped):
+    t = fit("a", batch_sampler="grouped", samples_per_group=2, data_path=grouped, image_root=str(shop))
+    assert all(len(set(b)) == 4 and len(b) == 8 for b in batches_of(t))
+    with pytest.raises(VembedError, match="倍数"): fit("b", batch_sampler="grouped", samples_per_group=3, data_path=grouped, image_root=str(shop))
+
+
+@covers("augment")
+def test_augment(fit):
+    plain, crop = fit("a", epochs=2), fit("b", epochs=2, augment="crop=0.3,erase=1")
+    assert losses(plain) != losses(crop) == losses(fit("c", epochs=2, augment="crop=0.3,erase=1", num_workers=2))
+    with pytest.raises(VembedError, match="crop"): fit("d", augment="corp=0.3")
+
+
+@covers("image_draft")
+def test_image_draft(fit, shop, micro, tmp_path):
+    from PIL import Image
+
+    big = tmp_path / "big"
+    big.mkdir()
+    rows = [json.loads(line) for line in (shop / "train.jsonl").read_text(encoding="utf-8").splitlines()][:24]
+    for n, r in enumerate(rows):
+        Image.radial_gradient("L").resize((640, 640)).rotate(15 * n).convert("RGB").save(big / f"{n}.jpg")
+    data = tmp_path / "big.jsonl"
+    write_jsonl(data, [{"query": f"{r.get('query', '')} {n}", "positive": f"{n}.jpg"} for n, r in enumerate(rows)])
+    seen = []
+    import vembed_nb.train.trainer as module
+    real = module.open_image
+    try:
+        module.open_image = lambda *a, **k: seen.append(k.get("side")) or real(*a, **k)
+        a, b = fit("a", data_path=str(data), image_root=str(big)), fit("b", data_path=str(data), image_root=str(big), image_draft=True)
+    finally: module.open_image = real
+    assert len(seen) == 24 and all(seen) and losses(a) != losses(b)
+    assert abs(losses(a)[0] - losses(b)[0]) < .02
+
+
+@covers("image_cache_dir")
+def test_image_cache_dir(fit, tmp_path):
+    plain, cached = fit("a", epochs=2, learn_temperature=False), fit("b", epochs=2, learn_temperature=False, image_cache_dir=str(tmp_path / "cache"), num_workers=2)
+    assert losses(plain) == losses(cached) and len(list((tmp_path / "cache").rglob("*.pix"))) == 24
+    vlm = Trainer("tiny-qwen3vl", TrainConfig(model_name_or_path="tiny-qwen3vl", batch_size=8, data_path=plain.config.data_path, output_dir=str(tmp_path / "v"), image_cache_dir=str(tmp_path / "c2")))
+    with pytest.raises(VembedError, match="固定的大小"): vlm.train()
+
+
+@covers("image_cache_dir_mb")
+def test_image_cache_dir_mb(fit, tmp_path, monkeypatch):
+    import vembed_nb.train.trainer as module
+
+    made, real = [], module.ImageCache
+    monkeypatch.setattr(module, "ImageCache", lambda folder, max_bytes: made.append(max_bytes) or real(folder, max_bytes))
+    fit("a", image_cache_dir=str(tmp_path / "cache"), image_cache_dir_mb=3)
+    assert made == [3 * 2**20]

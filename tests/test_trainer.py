@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 
 from vembed_nb.config import TrainConfig
@@ -91,6 +92,7 @@ def test_resume_from_epoch(config, monkeypatch, shop, micro, micro_dropout, kind
 SCRIPT = """
 import os, select, signal, sys
 import torch
+from conftest import write_jsonl
 torch.set_num_threads(1)
 from vembed_nb.train.trainer import Trainer
 from vembed_nb.cli import main
@@ -401,3 +403,19 @@ def test_validation_problems_show_before_training(config, shop, tmp_path, monkey
     t = fit(config("b", corpus_path=str(tmp_path / "broken.jsonl"), max_steps=1, **val))
     assert "images/missing.png" in t.dropped, "图库里的坏图也要数"
     assert len(steps) == 1
+
+
+def test_says_how_many_records_are_left_over(tmp_path, micro, shop):
+    rows = [json.loads(line) for line in (shop / "train.jsonl").read_text(encoding="utf-8").splitlines()][:12]
+    images = [r.get("positive") or r["positives"][0] for r in rows]
+    write_jsonl(tmp_path / "same.jsonl", [{"query": f"第 {i} 句", "positive": images[i] if i < 12 else images[0]} for i in range(40)])
+    with pytest.warns(UserWarning, match="轮不到"): Trainer(micro).train(data_path=str(tmp_path / "same.jsonl"), image_root=str(shop), output_dir=str(tmp_path / "out"), epochs=1, batch_size=8)
+
+
+def test_resume_refuses_other_data(tmp_path, micro, shop):
+    rows = [json.loads(line) for line in (shop / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    run = lambda **kw: Trainer(micro).train(data_path=str(tmp_path / "a.jsonl"), image_root=str(shop), output_dir=str(tmp_path / "out"), batch_size=8, **kw)
+    run(epochs=2, max_steps=2)
+    write_jsonl(tmp_path / "a.jsonl", rows[1:])
+    with pytest.raises(VembedError, match="续不上"): run(epochs=2, max_steps=2, resume=True)

@@ -25,10 +25,14 @@ class TrainConfig:
     corpus_path: str = ""  # 验证用的图库；空着就用验证数据里出现的文档
     image_root: str = ""  # 图片根目录；空着就用数据文件所在的文件夹
     columns: str = ""  # 列名映射，例如 query=title,positive=img
+    retrieval_mode: str = ""  # 任务：t2i、i2i、i2t、m2i、t2t、m2t；空着就看数据，写了就要每条都是
     output_dir: str = "output"  # 输出文件夹
     epochs: int = 3  # 训练几轮，≥ 1
     max_steps: int = 0  # 最多几步；0 表示不限
     batch_size: int = 64  # 每步几对，≥ 2
+    batch_sampler: str = "no_duplicates"  # no_duplicates、grouped（每批 P 组 × K 条，数据要有 group）、length（长短相近的放一批）
+    samples_per_group: int = 4  # grouped 时的 K；P 是 batch_size / K
+    augment: str = ""  # 数据增强，例如 crop=0.5,flip=0.5,color=0.2,erase=0.25,clauses=0.3；空着就不做
     gradient_accumulation_steps: int = 1  # 几步更新一次参数，≥ 1
     learning_rate: float = 1e-4  # 学习率峰值
     weight_decay: float = 0.01  # 权重衰减；偏置、归一化层和温度不衰减
@@ -55,15 +59,18 @@ class TrainConfig:
     logging_steps: int = 10  # 每几步记一次
     num_workers: int = 0  # 数据加载的子进程数
     image_cache_mb: int = 1024  # 用多少内存记住处理过的图片（num_workers=0 时）；0 表示不记
+    image_draft: bool = False  # 训练时 JPEG 只解到模型用得着的大小：大图快不少，像素略有不同；验证照旧
+    image_cache_dir: str = ""  # 把缩好的图放在这个文件夹，下一轮、下一次直接读；像素不变，有上限
+    image_cache_dir_mb: int = 8192  # 上面那个文件夹的上限
     save_total_limit: int = 0  # 只留最近几个检查点（最好的总留着）；0 表示全留
     strict: bool = False  # 遇到坏图就报错，而不是丢掉并计数
 
     def __post_init__(self): check(self)
 
 # %% ../nbs/04_config.ipynb #65b77bdb
-CHOICES = dict(scheduler_type=("cosine", "linear", "constant", "constant_with_warmup"), loss_type=("auto", "infonce", "sigmoid", "colbert"), mixed_precision=("auto", "no", "bf16", "fp16"))
-AT_LEAST = dict(epochs=1, gradient_cache_chunk_size=1, max_steps=0, batch_size=2, gradient_accumulation_steps=1, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_ratio=0,
-                temperature=0, lora_r=1, lora_dropout=0, seed=0, logging_steps=1, num_workers=0, image_cache_mb=0, save_total_limit=0)
+CHOICES = dict(retrieval_mode=("", "t2i", "i2i", "i2t", "m2i", "t2t", "m2t"), batch_sampler=("no_duplicates", "grouped", "length"), scheduler_type=("cosine", "linear", "constant", "constant_with_warmup"), loss_type=("auto", "infonce", "sigmoid", "colbert"), mixed_precision=("auto", "no", "bf16", "fp16"))
+AT_LEAST = dict(epochs=1, samples_per_group=2, gradient_cache_chunk_size=1, max_steps=0, batch_size=2, gradient_accumulation_steps=1, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_ratio=0,
+                temperature=0, lora_r=1, lora_dropout=0, seed=0, logging_steps=1, num_workers=0, image_cache_mb=0, image_cache_dir_mb=1, save_total_limit=0)
 
 def check(
     config: TrainConfig,  # 要检查的配置
@@ -73,7 +80,7 @@ def check(
         value = getattr(config, f.name)
         if f.type is float and type(value) is int: setattr(config, f.name, value := float(value))
         if type(value) is not f.type: raise VembedError(f"配置 {f.name}={value!r} 的类型不对：要 {f.type.__name__}，这里是 {type(value).__name__}")
-        if f.name in CHOICES and value not in CHOICES[f.name]: raise VembedError(f"配置 {f.name}={value!r} 不行。{did_you_mean(value, CHOICES[f.name])}可选 {'、'.join(CHOICES[f.name])}")
+        if f.name in CHOICES and value not in CHOICES[f.name]: raise VembedError(f"配置 {f.name}={value!r} 不行。{did_you_mean(value, CHOICES[f.name])}可选 {'、'.join(filter(None, CHOICES[f.name]))}{'，或空着' * ('' in CHOICES[f.name])}")
         if f.type is float and not math.isfinite(value): raise VembedError(f"配置 {f.name}={value} 不是一个有限的数")
         if f.name in AT_LEAST and not value >= AT_LEAST[f.name]: raise VembedError(f"配置 {f.name}={value} 太小，至少是 {AT_LEAST[f.name]}")
     if config.warmup_ratio > 1: raise VembedError(f"配置 warmup_ratio={config.warmup_ratio} 太大，要在 0 到 1 之间")
@@ -84,7 +91,7 @@ def check(
 KEYS = [f.name for f in fields(TrainConfig)]
 PLANNED = {  # 领域里通行、而这个版本还没有的键 → 去哪里等
     **dict.fromkeys("teacher_model_name distillation_alpha distillation_temperature".split(), "蒸馏"),
-    "report_to": "wandb 与 tensorboard", "retrieval_mode": "指定任务", "pooling_method": "选择池化"}
+    "report_to": "wandb 与 tensorboard", "pooling_method": "选择池化"}
 
 def unknown_key(
     key: str,  # 不在表里的键

@@ -179,6 +179,13 @@ class Encoder(nn.Module):
 
     def costs(self, items, image_root=""): return [self.cost(i, image_root) for i in items]  # 能成批地算得更快的家族自己写
 
+    @property
+    def picture_size(self):  # (短边或 (宽, 高), 插值方式)；图没有固定大小的模型是 None
+        "图在进模型之前缩成多大；之后至多再居中裁一裁。"
+        p = getattr(getattr(self, "processor", None), "image_processor", None)
+        if type(p).__name__ not in PLAIN or not p.do_resize: return None
+        return p.size.get("shortest_edge") or (p.size["width"], p.size["height"]), p.resample
+
     def towers(self) -> dict:  # {"text": nn.Module, …}，没有时为空
         "可以单独导出的塔：`forward(**与 Inputs 同名的张量)` 返回 [n, D] 向量。"
         return {}

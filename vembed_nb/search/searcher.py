@@ -69,7 +69,7 @@ def build_index(
     relative = lambda p: os.path.relpath(p, out) if out and p and Path(p).exists() else str(p)
     info = {"model": relative(model), "fingerprint": fingerprint(encoder), "image_root": relative(image_root or "."), "notes": encoder.card.model_type}
     index = VectorIndex(encoder.dim, kind, info)
-    whole = [{**m, **{k: v for k, v in (("image", i.image), ("text", i.text)) if v is not None}} for i, m in zip(items, metas)]
+    whole = [{**m, **{k: v for k, v in (("image", i.image), ("text", i.text)) if isinstance(v, str)}} for i, m in zip(items, metas)]
     index.add(ids, encoder.encode(items, batch_size, image_root=image_root, desc="编码图库"), whole)
     if kind != "flat": index._build_faiss()
     if out: index.save(out)

@@ -95,7 +95,7 @@ def update_index(
     return index
 
 # %% ../../nbs/53_train.checkpoint.ipynb #d1a47a8e
-FREE = {"logging_steps", "num_workers", "image_cache_mb", "save_total_limit", "output_dir", "data_path", "val_data_path", "corpus_path", "image_root"}  # 续训时可以不同的键
+FREE = {"image_cache_dir", "image_cache_dir_mb", "logging_steps", "num_workers", "image_cache_mb", "save_total_limit", "output_dir", "data_path", "val_data_path", "corpus_path", "image_root"}  # 续训时可以不同的键
 
 def load_state(
     folder,  # 检查点文件夹
