@@ -188,7 +188,7 @@ def test_doctor(cli):
     assert "torch" in cli("doctor").out
 
 
-HELP = ["quickstart", "train", "eval", "encode", "index", "search", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data table", "data emoji"]
+HELP = ["quickstart", "train", "eval", "encode", "index", "search", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data list", "data prepare", "data cache", "data table", "data emoji"]
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -246,7 +246,7 @@ BAD_DATA = {  # 名字 → (文件名, 内容, 消息里要有的词)
     "no query": ("a.jsonl", GOOD + '{"positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query"]),
     "empty query": ("a.jsonl", GOOD + '{"query": "  ", "positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query"]),
     "query is a number": ("a.jsonl", GOOD + '{"query": 5, "positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query"]),
-    "query is a list": ("a.jsonl", GOOD + '{"query": ["a"], "positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query"]),
+    "query list with a number": ("a.jsonl", GOOD + '{"query": ["a", 5], "positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query"]),
     "query image is a number": ("a.jsonl", GOOD + '{"query_image": 7, "positive": "images/00.png"}\n', ["a.jsonl 第 2 行", "query_image"]),
     "no positive": ("a.jsonl", GOOD + '{"query": "杯子"}\n', ["a.jsonl 第 2 行", "positive"]),
     "empty positives": ("a.jsonl", GOOD + '{"query": "杯子", "positives": []}\n', ["a.jsonl 第 2 行", "positive"]),
@@ -256,7 +256,7 @@ BAD_DATA = {  # 名字 → (文件名, 内容, 消息里要有的词)
     "ids do not match": ("a.jsonl", GOOD + '{"query": "杯子", "positives": ["images/00.png"], "positive_ids": ["a", "b"]}\n', ["a.jsonl 第 2 行", "positive_ids"]),
     "empty": ("a.jsonl", "", ["a.jsonl", "没有一条记录"]),
     "only blank lines": ("a.jsonl", "\n\n  \n", ["a.jsonl", "没有一条记录"]),
-    "not utf-8": ("a.jsonl", GOOD.encode("gb18030"), ["a.jsonl", "UTF-8"]),
+    "not utf-8": ("a.jsonl", GOOD.replace("红色的杯子", "caf\xe9 rouge").encode("latin-1"), ["a.jsonl", "UTF-8"]),
     "binary": ("a.jsonl", bytes(range(256)) * 4, ["a.jsonl"]),
     "unknown suffix": ("a.xlsx", GOOD, ["a.xlsx", ".csv"]),
     "csv without the columns": ("a.csv", "标题,图\n杯子,images/00.png\n", ["a.csv 第 2 行"]),

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
-           'export_command', 'data_toyshop', 'data_check', 'data_table', 'data_emoji', 'doctor_command',
-           'pretrain_command']
+           'export_command', 'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'data_table',
+           'data_emoji', 'doctor_command', 'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import typer
@@ -20,7 +21,7 @@ from .core import VembedError
 # %% ../nbs/98_cli.ipynb #76369479
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
                   help="vembed：微调和使用视觉与多模态嵌入模型。第一次来：vembed quickstart")
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="准备和检查数据。你自己的图片文件夹加一张表：vembed data table 商品.csv --text 标题 --image 图片 --out 数据集")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="准备和检查数据。训练之前：vembed data check train.jsonl --against test.jsonl。公开数据集：vembed data list。你自己的图片文件夹加一张表：vembed data table 商品.csv --text 标题 --image 图片 --out 数据集")
 app.add_typer(data_app, name="data")
 
 def opt(
@@ -37,6 +38,7 @@ def main(
     "入口：跑一条命令，返回退出码（0 成功，2 输入有问题，130 被 Ctrl-C 停下）。"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = typer.main.get_command(app)
+    plain, warnings.formatwarning = warnings.formatwarning, lambda message, kind, *rest, **kw: f"注意：{message}\n" if kind is UserWarning and "vembed_nb" in str(rest[0]) else plain(message, kind, *rest, **kw)
     try:  # 不用 app(…)：typer 会把 KeyboardInterrupt 换成没有话的 Exit(130)
         with command.make_context("vembed", list(sys.argv[1:] if argv is None else argv)) as ctx: code = command.invoke(ctx)
     except VembedError as e: return _fail(f"错误：{e}", 2)
@@ -48,6 +50,7 @@ def main(
     except Exception as e:
         if not hasattr(e, "format_message"): raise
         return _fail(f"错误：{e.format_message()}（用法：vembed --help）", 2)
+    finally: warnings.formatwarning = plain
     return code if isinstance(code, int) else 0
 
 def _closed_pipe():
@@ -117,9 +120,9 @@ def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = op
                  corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"), json_path: str = opt("", "把指标写成 JSON", "--json"),
                  batch_size: int = opt(128, "每批几个", "--batch-size"), strict: bool = opt(False, "遇到坏图就报错，而不是丢掉", "--strict")):
     "评测一个模型：hit@K、recall@K、MRR、NDCG，带 95 % 区间。"
-    from vembed_nb.data.check import drop_broken, drop_broken_corpus
+    from vembed_nb.data.check import drop_broken, drop_broken_corpus, root_of
     from vembed_nb.data.read import parse_columns, read_records
-    records, root = read_records(data, parse_columns(columns)), image_root or str(Path(data).parent)
+    records, root = read_records(data, parse_columns(columns)), root_of(data, image_root)
     gallery = _corpus_for(data, corpus, root)
     records, bad = drop_broken(records, root, strict)
     if gallery: gallery, more = drop_broken_corpus(gallery, root, strict)
@@ -144,7 +147,8 @@ def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="�
     from vembed_nb.predict import Predictor
     if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in READERS:
         ids, items, _ = read_corpus(inputs[0])
-        image_root = image_root or str(Path(inputs[0]).parent)
+        from vembed_nb.data.check import root_of
+        image_root = root_of(inputs[0], image_root)
     else: ids, items = inputs, list(inputs)
     vectors = Predictor(load_encoder(model), image_root=image_root).encode(items, dim or None, role=role)
     out = out if out.endswith(".npz") else f"{out}.npz"
@@ -160,9 +164,9 @@ def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 ima
                   overwrite: bool = opt(False, "替换旧索引", "--overwrite"), strict: bool = opt(False, "遇到坏图就报错，而不是跳过", "--strict")):
     "编码一个图库，建索引。"
     from vembed_nb.core import check_dir
-    from vembed_nb.data.check import drop_broken_corpus
+    from vembed_nb.data.check import drop_broken_corpus, root_of
     from vembed_nb.data.read import parse_columns, read_corpus
-    root = image_root or str(Path(data).parent)
+    root = root_of(data, image_root)
     corpus = read_corpus(data, parse_columns(columns))
     check_dir(out, overwrite, marks=["manifest.json"])
     corpus, bad = drop_broken_corpus(corpus, root, strict)
@@ -215,16 +219,71 @@ def data_toyshop(out: str = opt("toyshop", "输出文件夹", "--out"), train: i
     s = write_toyshop(out, train, val, test, queries, world, seed, size=size, workers=workers or None, overwrite=overwrite)
     print(f"{s['pictures']} 张图，写在 {out}；训练 {s['counts']['train']} 条，测试 {s['counts']['test']} 条")
 
+# %% ../nbs/98_cli.ipynb #6190d570
 @data_app.command("check")
-def data_check(path: str = typer.Argument(..., help="数据文件"), image_root: str = opt("", "图片根目录", "--image-root"), columns: str = opt("", "列名映射", "--columns"), as_json: bool = opt(False, "输出 JSON", "--json"),
-               strict: bool = opt(False, "有坏图时以退出码 2 结束", "--strict")):
-    "体检一份数据：条数、任务、重复、坏图。"
-    from vembed_nb.data.check import check_data
+def data_check(path: str = typer.Argument(..., help="数据：文件、文件夹或通配符"), image_root: str = opt("", "图片根目录；默认看旁边的 dataset.json，没有就是数据文件所在的文件夹", "--image-root"), columns: str = opt("", "列名映射，例如 query=title,positive=img", "--columns"),
+               against: list[str] = opt([], "测试文件，可以写几次；看训练里有没有测试的图和（查询，正例）", "--against"), fix: str = opt("", "写一份干净的到这个文件夹，挑出来的行在 quarantine.jsonl", "--fix"), as_json: bool = opt(False, "输出 JSON", "--json"),
+               images: bool = opt(True, "看不看图；--no-images 快得多，只查文字和身份", "--images/--no-images"), plot: str = opt("", "把图存成这个 PNG", "--plot"), overwrite: bool = opt(False, "替换旧的 --fix 文件夹", "--overwrite"),
+               strict: bool = opt(False, "有坏图或泄漏也以退出码 2 结束", "--strict")):
+    "体检一份数据：坏行、坏图、重复、近重复、泄漏到测试的图。有坏行时退出码是 2。"
+    from vembed_nb.core import check_dir
+    from vembed_nb.data.check import check, write_clean
     from vembed_nb.data.read import parse_columns
-    report = check_data(path, image_root, parse_columns(columns))
-    print(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) if as_json else report._repr_markdown_())
-    if strict and report.broken: raise VembedError(f"{len(report.broken)} 张图有问题，第一张：{next(iter(report.broken.values()))}")
+    columns = parse_columns(columns) or None
+    if fix: check_dir(fix, overwrite, marks=["quarantine.jsonl"])  # 看完十万张图才说写不下，太晚了
+    report = check(path, image_root, columns, against, images)
+    done = write_clean(path, fix, report, columns, overwrite) if fix else None
+    if plot: report.plot(plot)
+    print(json.dumps(report.to_dict() | ({"fix": done} if done else {}), ensure_ascii=False, indent=2) if as_json else report._repr_markdown_())
+    if done and not as_json: print(f"\n读到 {done['read']} 行 = 留下 {done['kept']} 行（其中 {done['trimmed']} 行去掉了一部分）+ 隔离 {done['quarantined']} 行{'（' + '、'.join(f'{k} {v}' for k, v in done['reasons'].items()) + '）' if done['reasons'] else ''}\n"
+                                   f"接着：vembed train --data {fix}/{done['file']} --image-root {done['image_root']} --out mymodel")
+    if not fix: _refuse(report, strict)
 
+def _refuse(report, strict):
+    "训练会拒绝的，体检也以错误结束。"
+    if report.bad_rows: raise VembedError(f"{report.bad[0]['reason']}（一共 {report.bad_rows} 行不合格；--fix 文件夹 写一份干净的）")
+    if strict and report.broken: raise VembedError(f"{len(report.broken)} 张图有问题，第一张：{next(iter(report.broken.values()))}")
+    if strict and report.leaked: raise VembedError(f"{len(report.leaked)} 张图泄漏到测试，第一张：{next(iter(report.leaked))} {next(iter(report.leaked.values()))}")
+
+# %% ../nbs/98_cli.ipynb #93c4017b
+@data_app.command("list")
+def data_list(name: str = typer.Argument("", help="一个数据集的名字；空着就全部列出来")):
+    "认得的公开数据集：条数、协议、许可、大小、文件怎样摆。"
+    from vembed_nb.data import public
+    print(public.facts(name) if name else public.table())
+
+@data_app.command("prepare")
+def data_prepare(name: str = typer.Argument(..., help="公开数据集的名字，见 vembed data list"), src: str = opt("", "下载好的文件夹；--download 时是下载到哪里", "--src"), out: str = opt(..., "输出文件夹", "--out"),
+                 download: bool = opt(False, "src 还没有时，从 Hub 下载；先打印许可和大小", "--download"), split: str = opt("", "要哪些划分，例如 train,test；空着就全部", "--split"), limit: int = opt(0, "每个划分至多几条记录；0 表示全部", "--limit"),
+                 allow_counts: bool = opt(False, "条数与发表的不同也继续", "--allow-counts"), allow_missing: bool = opt(False, "图片不全也继续，丢掉用到它们的记录并数清楚", "--allow-missing"),
+                 option: list[str] = opt([], "这个数据集自己的选项，写成 键=值，可以写几次；见 vembed data list 名字", "--option"), overwrite: bool = opt(False, "替换旧的输出", "--overwrite")):
+    "把一个公开数据集写成普通的文件夹：train/val/test.jsonl、corpus.jsonl、qrels.tsv。条数与发表的对一遍。"
+    from vembed_nb.data.public import prepare_set
+    if not src and not download: raise VembedError(f"没有说 {name} 在哪里：--src 指向下载好的文件夹，或者 --download")
+    if limit < 0: raise VembedError(f"--limit {limit} 不行：至少是 1；不写就是全部")
+    pairs = [o.partition("=") for o in option]
+    if bad := next((o for o, (k, eq, _) in zip(option, pairs) if not (k and eq)), None): raise VembedError(f"--option {bad!r} 要写成 键=值")
+    s = prepare_set(name, src or f"{out.rstrip('/')}-src", out, download, splits=split or None, limit=limit or None, allow_counts=allow_counts, allow_missing=allow_missing, overwrite=overwrite, **{k: _literal(v) for k, _, v in pairs})
+    for part, d in s["splits"].items():
+        print(f"{part}：" + "，".join(f"{k} {v:,}" for k, v in d["counts"].items() if v) + "".join(f"；丢掉 {k} {v}" for k, v in d["dropped"].items()) + "".join(f"；{k} 发表的是 {a:,}，这里是 {b:,}" for k, (a, b) in d["different"].items()))
+    print(f"{s['title']}，写在 {out}；协议：{s['protocol']}\n接着：vembed eval --data {out}/{s['eval_split']}.jsonl --model tiny-clip")
+
+@data_app.command("cache")
+def data_cache(clear: bool = opt(False, "删掉缓存", "--clear")):
+    "缓存的记录和下载的图有多大；删掉也不要紧，用到时会再建。"
+    from vembed_nb.data.read import cache_folder
+    for name, what in (("records", "记录"), ("downloads", "下载的图")):
+        files = [p for p in cache_folder(name).iterdir() if p.is_file()]
+        size = sum(p.stat().st_size for p in files)
+        if clear: [p.unlink(missing_ok=True) for p in files]
+        print(f"{what}：{len(files)} 个文件，{size / 1e6:.1f} MB{'，删掉了' if clear and files else ''}，在 {cache_folder(name)}")
+
+def _literal(text):
+    "选项的值：true/false、数字照 JSON 读，别的是文字。"
+    try: return json.loads(text)
+    except ValueError: return text
+
+# %% ../nbs/98_cli.ipynb #01ae49cf
 @data_app.command("table")
 def data_table(table: str = typer.Argument(..., help="一张表：.csv/.tsv/.jsonl，每行一张图和一句描述"), out: str = opt(..., "输出文件夹", "--out"), image_root: str = opt("", "图片根目录；默认是表所在的文件夹", "--image-root"),
                text: str = opt("text", "描述的列名", "--text"), image: str = opt("image", "图片路径的列名", "--image"), group: str = opt("", "分组的列名（款号），一组只进一边", "--group"), test: float = opt(0.2, "测试占几成", "--test"),
@@ -232,7 +291,7 @@ def data_table(table: str = typer.Argument(..., help="一张表：.csv/.tsv/.jso
     "把你自己的图片文件夹和一张表变成数据集：训练、验证、测试、图库、标准答案。"
     from vembed_nb.data.table import from_table
     s = from_table(table, out, image_root, text, image, group, test, val, seed, strict, overwrite)
-    print("；".join(f"{k} {v['records']} 条 {v['images']} 图" for k, v in s["counts"].items()) + f"；坏图 {len(s['broken'])} 张" + f"\n接着：vembed train --data {out}/train.jsonl --val {out}/val.jsonl --image-root {image_root or Path(table).parent} --out mymodel")
+    print("；".join(f"{k} {v['records']} 条 {v['images']} 图" for k, v in s["counts"].items()) + f"；坏图 {len(s['broken'])} 张" + (f"；{s['joined']} 组因为图相同或近重复，与别的组放在同一边" if s["joined"] else "") + f"\n接着：vembed train --data {out}/train.jsonl --val {out}/val.jsonl --image-root {image_root or Path(table).parent} --out mymodel")
 
 @data_app.command("emoji")
 def data_emoji(src: str = opt(".", "装着 node_modules 的文件夹", "--src"), out: str = opt("emoji", "输出文件夹", "--out")):

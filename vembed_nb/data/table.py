@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from ..core import VembedError, claim_dir, write_json
-from .images import broken_images
+from .check import alike, look_all
 from .read import read_rows
 
 # %% ../../nbs/18_data.table.ipynb #7e4218ff
@@ -48,15 +48,32 @@ def from_table(
     image_root = image_root or str(Path(table).parent)
     rows = [_table_row(where, row, text, image, group) for where, row in read_rows(table)]
     if not rows: raise VembedError(f"{table} 里没有一行")
-    bad = broken_images([r["image"] for r in rows], image_root)
+    pictures = look_all((r["image"] for r in rows), image_root)
+    bad = pictures.broken
     if bad and strict: raise VembedError(f"{len(bad)} 张图有问题，第一张：{next(iter(bad.values()))}")
     rows = [r for r in rows if r["image"] not in bad]
     if not rows: raise VembedError(f"{table} 的图全都打不开，第一张：{next(iter(bad.values()))}")
+    joined = _join(rows, pictures)
     part = split_groups([r["group"] for r in rows], test, val, seed)
     out = claim_dir(out, overwrite, marks=["table.json"])
-    summary = {"table": Path(table).name, "seed": seed, "broken": bad, "counts": {s: _write_part(out, s, [r for r in rows if part[r["group"]] == s]) for s in ("train", "val", "test")}}
+    summary = {"table": Path(table).name, "seed": seed, "broken": bad, "joined": joined, "counts": {s: _write_part(out, s, [r for r in rows if part[r["group"]] == s]) for s in ("train", "val", "test")}}
     write_json(out/"table.json", summary)
     return summary
+
+def _join(rows, pictures):
+    "图相同或近重复的组并成一家；返回并掉了几组。"
+    copies, unique, pairs = alike(pictures)
+    group, home = {}, {}
+    def find(g):
+        while home.get(g, g) != g: g = home[g]
+        return g
+    before = len({r["group"] for r in rows})
+    for r in rows: a, b = find(r["group"]), find(group.setdefault(r["image"], r["group"])); home[max(a, b)] = min(a, b)
+    for a, b in [*copies, *((unique.names[i], unique.names[j]) for i, j, *_ in pairs)]:
+        a, b = find(group[a]), find(group[b])
+        home[max(a, b)] = min(a, b)
+    for r in rows: r["group"] = find(r["group"])
+    return before - len({r["group"] for r in rows})
 
 def _table_row(where, row, text, image, group):
     "一行里的描述、图片和组。"
