@@ -27,3 +27,16 @@ def test_embedded_pictures_end_to_end(shop, tmp_path):
     assert kept["hit@1"] == 0 and masked["mean_rank"] == kept["mean_rank"] - 1
     build_index(enc, corpus, model="tiny-clip", out=tmp_path / "index")
     assert len(Searcher(tmp_path / "index").search("杯子", 3)) == 3
+
+
+def test_broken_embedded_pictures_are_dropped_and_counted(shop, tmp_path):
+    from vembed_nb.data.check import drop_broken, drop_broken_corpus
+
+    whole = next(p for p in sorted(shop.rglob("*")) if p.suffix in (".png", ".jpg")).read_bytes()
+    uri = lambda b: "data:image/png;base64," + base64.b64encode(b).decode()
+    write_jsonl(tmp_path / "t.jsonl", [{"query": "好的", "positive_image": uri(whole)}, {"query": "截断的", "positive_image": uri(whole[:len(whole) // 2])}])
+    kept, bad = drop_broken(read_records(tmp_path / "t.jsonl"))
+    assert [r.query.text for r in kept] == ["好的"] and len(bad) == 1 and next(iter(bad)).startswith("sha256:")
+    write_jsonl(tmp_path / "c.jsonl", [{"id": "1", "image": uri(whole)}, {"id": "2", "image": uri(whole[:len(whole) // 2])}])
+    (ids, _, _), bad = drop_broken_corpus(read_corpus(tmp_path / "c.jsonl"))
+    assert ids == ["1"] and len(bad) == 1

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import VembedError, atomic_dir, check_dir, progress
-from .images import broken_images, image_size, open_image, resolve_image
+from .images import broken_images, image_name, image_size, open_image, resolve_image
 from .read import MAX_LINE, Records, _binary, _file_rows, _has_columns, _json, _kind, _paths, read_records, read_rows, rename_columns, text_encoding
 from .store import picture_bytes
 from .tasks import MODES, Item, Record, as_records, mode_of, picture_format, picture_id
@@ -788,7 +788,7 @@ def drop_broken(
     strict: bool = False,  # True 时遇到坏图就报错
 ) -> tuple:  # (Records, {坏图: 原因})
     "查一遍记录用到的全部图片，去掉坏的。全坏时抛 `VembedError`。"
-    bad = broken_images([p for r in records for i in (r.query, *r.positives, *r.negatives) for p in i.images], image_root)
+    bad = broken_images((p for r in records for i in (r.query, *r.positives, *r.negatives) for p in i.images), image_root)
     if not bad: return records, bad
     first = next(iter(bad.values()))
     if strict: raise VembedError(f"{len(bad)} 张图有问题，第一张：{first}")
@@ -798,9 +798,10 @@ def drop_broken(
 
 def _without(r, bad):
     "一条记录去掉坏图；查询是坏图或没有剩下正例时为 None。"
-    pos = [(p, i) for p, i in zip(r.positives, r.positive_ids) if bad.keys().isdisjoint(p.images)]
-    neg = [(n, i) for n, i in zip(r.negatives, r.negative_ids) if bad.keys().isdisjoint(n.images)]
-    if not bad.keys().isdisjoint(r.query.images) or not pos: return None
+    good = lambda item: not any(image_name(i) in bad for i in item.images)
+    pos = [(p, i) for p, i in zip(r.positives, r.positive_ids) if good(p)]
+    neg = [(n, i) for n, i in zip(r.negatives, r.negative_ids) if good(n)]
+    if not good(r.query) or not pos: return None
     return Record(r.query, [p for p, _ in pos], [n for n, _ in neg], r.query_id, [i for _, i in pos], [i for _, i in neg], r.group, r.where)
 
 def drop_broken_corpus(
@@ -810,7 +811,7 @@ def drop_broken_corpus(
 ) -> tuple:  # ((ids, items, metas), {坏图: 原因})
     "图库去掉坏图。全坏时抛 `VembedError`。"
     ids, items, metas = corpus
-    bad = broken_images([p for i in items for p in i.images], image_root)
+    bad = broken_images((p for i in items for p in i.images), image_root)
     if bad and (strict or len(bad) == len(items)): raise VembedError(f"{len(bad)} 张图有问题，第一张：{next(iter(bad.values()))}")
-    keep = [j for j, i in enumerate(items) if bad.keys().isdisjoint(i.images)]
+    keep = [j for j, i in enumerate(items) if not any(image_name(p) in bad for p in i.images)]
     return ([ids[j] for j in keep], [items[j] for j in keep], [metas[j] for j in keep]), bad

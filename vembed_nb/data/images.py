@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_IMAGES', 'TURNS', 'DRAFT', 'MAX_PIXELS', 'resolve_image', 'to_rgb', 'open_image', 'image_size',
-           'broken_images', 'fit', 'ImageCache']
+           'image_name', 'broken_images', 'fit', 'ImageCache']
 
 # %% ../../nbs/13_data.images.ipynb #0b8f30ab
 import hashlib
@@ -17,12 +17,14 @@ import time
 import warnings
 import zlib
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..core import VembedError, atomic_file, progress, write_text
+from .tasks import picture_id
 
 # %% ../../nbs/13_data.images.ipynb #ae919393
 def resolve_image(
@@ -197,20 +199,29 @@ def image_size(
     return im.size[::-1] if turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8]) else im.size
 
 # %% ../../nbs/13_data.images.ipynb #879fbe94
+def image_name(
+    image,  # 路径或 PIL.Image
+) -> str:  # 路径；打开了的图是 `picture_id`
+    "一张图在报告里的名字。"
+    return image if isinstance(image, str) else picture_id(image)
+
 def broken_images(
-    images,  # 路径的可迭代对象（重复的只查一次）
+    images,  # 路径或 PIL.Image 的可迭代对象（重复的只查一次）
     root="",  # 图片根目录
     threads: int = 4,  # 线程数
-) -> dict:  # {路径: 原因}
-    "把每一张图从头到尾读一遍，返回坏的那些和原因。"
+) -> dict:  # {`image_name`: 原因}
+    "把每一张图从头到尾读一遍，返回坏的那些和原因。边取边查，嵌在数据里的图不会全部进内存。"
     from concurrent.futures import ThreadPoolExecutor
+    seen, bad = set(), {}
     def why(p):
         try: open_image(p, root, side=1).close()
         except VembedError as e: return str(e)
-    paths = list(dict.fromkeys(p for p in images if isinstance(p, str)))
-    with ThreadPoolExecutor(threads) as pool:
-        reasons = list(progress(pool.map(why, paths), "检查图片", len(paths)))
-    return {p: r for p, r in zip(paths, reasons) if r}
+    new = ((name, p) for p in images for name in [image_name(p)] if name not in seen and not seen.add(name))
+    with ThreadPoolExecutor(threads) as pool, progress(desc="检查图片") as bar:
+        while some := list(islice(new, 64 * threads)):
+            bad |= {name: r for (name, _), r in zip(some, pool.map(why, (p for _, p in some))) if r}
+            bar.update(len(some))
+    return bad
 
 # %% ../../nbs/13_data.images.ipynb #98ba4087
 def fit(

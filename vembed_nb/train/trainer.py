@@ -20,7 +20,7 @@ import torch
 from ..config import TrainConfig, load_config
 from ..core import VembedError, check_dir, claim_dir, did_you_mean, progress, set_seed, versions, write_json
 from ..data.augment import Augment
-from ..data.check import drop_broken, drop_broken_corpus
+from ..data.check import drop_broken, drop_broken_corpus, root_of
 from ..data.images import ImageCache, open_image
 from ..data.read import parse_columns, read_corpus, read_records
 from ..data.sample import GroupedBatches, LengthGroupedBatches, NoDuplicateBatches
@@ -181,7 +181,7 @@ def _prepare(self, resume, overwrite):
     if not c.data_path: raise VembedError("没有训练数据：要给 data_path（命令行是 --data train.jsonl）")
     columns = parse_columns(c.columns)
     records = read_records(c.data_path, columns, mode=c.retrieval_mode or None)
-    root = c.image_root or str(Path(c.data_path).parent)
+    root = str(root_of(c.data_path, c.image_root))
     val = read_records(c.val_data_path, columns, mode=c.retrieval_mode or None) if c.val_data_path else None
     corpus = read_corpus(c.corpus_path) if c.corpus_path else None
     check_dir(c.output_dir, overwrite and not resume, resume, [INDEX])
