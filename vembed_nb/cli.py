@@ -248,11 +248,14 @@ def _refuse(report, strict):
 # %% ../nbs/98_cli.ipynb #93c4017b
 @data_app.command("list")
 def data_list(name: str = typer.Argument("", help="一个数据集的名字；空着就全部列出来")):
-    "认得的公开数据集：条数、协议、许可、大小、文件怎样摆。"
+    "认得的公开数据集；写上名字时，它的条数、协议、许可、大小、文件怎样摆。"
     from vembed_nb.data import public
-    print(public.facts(name) if name else public.table())
+    if name: return print(public.facts(name))
+    width = max(map(len, public.SETS))
+    for key, s in sorted(public.SETS.items()): print(f"{key:<{width}}  {s.title}（{'、'.join(s.modes)}）")
+    print("一个数据集的条数、协议、许可、文件怎样摆：vembed data list 名字")
 
-@data_app.command("prepare")
+@data_app.command("prepare", short_help="把一个公开数据集写成普通的文件夹，条数与发表的对一遍。")
 def data_prepare(name: str = typer.Argument(..., help="公开数据集的名字，见 vembed data list"), src: str = opt("", "下载好的文件夹；--download 时是下载到哪里", "--src"), out: str = opt(..., "输出文件夹", "--out"),
                  download: bool = opt(False, "src 还没有时，从 Hub 下载；先打印许可和大小", "--download"), split: str = opt("", "要哪些划分，例如 train,test；空着就全部", "--split"), limit: int = opt(0, "每个划分至多几条记录；0 表示全部", "--limit"),
                  allow_counts: bool = opt(False, "条数与发表的不同也继续", "--allow-counts"), allow_missing: bool = opt(False, "图片不全也继续，丢掉用到它们的记录并数清楚", "--allow-missing"),
