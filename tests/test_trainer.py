@@ -92,7 +92,6 @@ def test_resume_from_epoch(config, monkeypatch, shop, micro, micro_dropout, kind
 SCRIPT = """
 import os, select, signal, sys
 import torch
-from conftest import write_jsonl
 torch.set_num_threads(1)
 from vembed_nb.train.trainer import Trainer
 from vembed_nb.cli import main

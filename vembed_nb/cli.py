@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
-           'export_command', 'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'data_table',
-           'data_emoji', 'doctor_command', 'pretrain_command']
+           'export_command', 'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside',
+           'own_options', 'aligned', 'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -97,11 +98,11 @@ def train(args: list[str] = typer.Argument(None, metavar="[CONFIG.yaml] [键=值
     config = load_config(path, [*args, *(f"{k}={v}" for k, v in named.items() if v)])
     from vembed_nb.train.trainer import Trainer
     trainer = Trainer(config.model_name_or_path, config)
-    history = trainer.train(resume=resume, overwrite=overwrite)
+    history = trainer.train(resume=resume, overwrite=overwrite, verbose=True)
     if trainer.dropped: print(f"丢掉了 {len(trainer.dropped)} 张坏图，名单在 {config.output_dir}/history.json")
     for h in history:
         if "val_hit@1" in h: print(f"第 {h['epoch'] + 1} 轮：hit@1 {h['val_hit@1']:.3f}，hit@10 {h['val_hit@10']:.3f}，mrr {h['val_mrr']:.3f}")
-    print(f"训练完成，{trainer.step} 步；模型在 {config.output_dir}")
+    print(f"训练完成，{trainer.step} 步；模型在 {config.output_dir}\n接着：vembed eval --model {config.output_dir} --data 测试.jsonl")
 
 # %% ../nbs/98_cli.ipynb #fff8781d
 def _corpus_for(data, corpus, root):
@@ -130,10 +131,14 @@ def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = op
     from vembed_nb.core import write_json
     from vembed_nb.evaluate.report import SHOWN, evaluate_encoder
     from vembed_nb.models.load import load_encoder
-    report = evaluate_encoder(load_encoder(model), records, gallery, root, batch_size, name=model)
+    facts = facts_beside(data)
+    ks = sorted({int(k) for m in facts.get("metrics", ()) for k in re.findall(r"@(\d+)", m)})
+    report = evaluate_encoder(load_encoder(model), records, gallery, root, batch_size, name=model, mask_self=facts.get("mask_self", True), ks=ks)
+    shown = [*SHOWN, *(m for m in report.metrics if m.split("@")[0] in ("hit", "recall", "ndcg") and int(m.split("@")[1]) in ks and m not in SHOWN)]
     _say_bad(bad)
+    if facts.get("protocol"): print(f"协议：{facts['protocol']}（{'排除' if facts.get('mask_self', True) else '不排除'}查询自己的图）")
     print(f"{report.n_queries} 个查询，图库 {report.n_corpus}" + ("" if corpus or not gallery else "（用了数据旁边的 corpus.jsonl；不想用它：--corpus none）"))
-    for k in SHOWN: print(f"{k:10} {report.metrics[k]:.3f}   [{report.ci[k][0]:.3f}, {report.ci[k][1]:.3f}]")
+    for k in shown: print(f"{k:10} {report.metrics[k]:.3f}   [{report.ci[k][0]:.3f}, {report.ci[k][1]:.3f}]")
     if json_path: write_json(json_path, {**{k: report.metrics[k] for k in SHOWN}, **report.to_dict()})
 
 @app.command()
@@ -231,17 +236,21 @@ def data_check(path: str = typer.Argument(..., help="数据：文件、文件夹
     from vembed_nb.data.read import parse_columns
     columns = parse_columns(columns) or None
     if fix: check_dir(fix, overwrite, marks=["quarantine.jsonl"])  # 看完十万张图才说写不下，太晚了
+    if plot and not Path(plot).resolve().parent.is_dir(): raise VembedError(f"--plot {plot}：没有文件夹 {Path(plot).parent}；先建好它")
     report = check(path, image_root, columns, against, images)
     done = write_clean(path, fix, report, columns, overwrite) if fix else None
-    if plot: report.plot(plot)
-    print(json.dumps(report.to_dict() | ({"fix": done} if done else {}), ensure_ascii=False, indent=2) if as_json else report._repr_markdown_())
-    if done and not as_json: print(f"\n读到 {done['read']} 行 = 留下 {done['kept']} 行（其中 {done['trimmed']} 行去掉了一部分）+ 隔离 {done['quarantined']} 行{'（' + '、'.join(f'{k} {v}' for k, v in done['reasons'].items()) + '）' if done['reasons'] else ''}\n"
-                                   f"接着：vembed train --data {fix}/{done['file']} --image-root {done['image_root']} --out mymodel")
+    print(json.dumps(report.to_dict() | ({"fix": done} if done else {}), ensure_ascii=False, indent=2) if as_json else aligned(report._repr_markdown_()))
+    if plot:
+        report.plot(plot)
+        if not as_json: print(f"\n图在 {plot}")
+    if done and not as_json: print(f"\n读到 {done['read']} 行 = 留下 {done['kept']} 行{'（其中 %d 行去掉了一部分）' % done['trimmed'] if done['trimmed'] else ''}+ 隔离 {done['quarantined']} 行{'（' + '、'.join(f'{k} {v}' for k, v in done['reasons'].items()) + '）' if done['reasons'] else ''}\n"
+                                   f"接着：vembed train --data {fix}/{done['file']} --out mymodel")
     if not fix: _refuse(report, strict)
 
 def _refuse(report, strict):
     "训练会拒绝的，体检也以错误结束。"
     if report.bad_rows: raise VembedError(f"{report.bad[0]['reason']}（一共 {report.bad_rows} 行不合格；--fix 文件夹 写一份干净的）")
+    if len(report.broken) > report.images / 2: raise VembedError(f"{report.images} 张图里 {len(report.broken)} 张打不开，第一张：{next(iter(report.broken.values()))}；多半是 --image-root 不对")
     if strict and report.broken: raise VembedError(f"{len(report.broken)} 张图有问题，第一张：{next(iter(report.broken.values()))}")
     if strict and report.leaked: raise VembedError(f"{len(report.leaked)} 张图泄漏到测试，第一张：{next(iter(report.leaked))} {next(iter(report.leaked.values()))}")
 
@@ -264,27 +273,71 @@ def data_prepare(name: str = typer.Argument(..., help="公开数据集的名字�
     from vembed_nb.data.public import prepare_set
     if not src and not download: raise VembedError(f"没有说 {name} 在哪里：--src 指向下载好的文件夹，或者 --download")
     if limit < 0: raise VembedError(f"--limit {limit} 不行：至少是 1；不写就是全部")
-    pairs = [o.partition("=") for o in option]
-    if bad := next((o for o, (k, eq, _) in zip(option, pairs) if not (k and eq)), None): raise VembedError(f"--option {bad!r} 要写成 键=值")
-    s = prepare_set(name, src or f"{out.rstrip('/')}-src", out, download, splits=split or None, limit=limit or None, allow_counts=allow_counts, allow_missing=allow_missing, overwrite=overwrite, **{k: _literal(v) for k, _, v in pairs})
+    own = own_options(name, option)
+    s = prepare_set(name, src or f"{out.rstrip('/')}-src", out, download, splits=split or None, limit=limit or None, allow_counts=allow_counts, allow_missing=allow_missing, overwrite=overwrite, **own)
     for part, d in s["splits"].items():
-        print(f"{part}：" + "，".join(f"{k} {v:,}" for k, v in d["counts"].items() if v) + "".join(f"；丢掉 {k} {v}" for k, v in d["dropped"].items()) + "".join(f"；{k} 发表的是 {a:,}，这里是 {b:,}" for k, (a, b) in d["different"].items()))
-    print(f"{s['title']}，写在 {out}；协议：{s['protocol']}\n接着：vembed eval --data {out}/{s['eval_split']}.jsonl --model tiny-clip")
+        print(f"{part}：" + "，".join(f"{k} {v:,}" for k, v in d["counts"].items() if v))
+        for k, v in d["dropped"].items(): print(f"  丢掉 {v:,}：{k}")
+        for k, (a, b) in d["different"].items(): print(f"  {k}：发表的是 {a:,}，这里是 {b:,}")
+    print(f"{s['title']}，写在 {out}；协议：{s['protocol']}")
+    if Path(out, "i2t").is_dir(): print(f"反过来的一份（图搜文）在 {out}/i2t")
+    if Path(out, "train.jsonl").exists(): print(f"接着：vembed train --data {out}/train.jsonl --model tiny-clip --out mymodel")
+    if s["eval_split"]: print(f"接着：vembed eval --data {out}/{s['eval_split']}.jsonl --model tiny-clip")
 
 @data_app.command("cache")
 def data_cache(clear: bool = opt(False, "删掉缓存", "--clear")):
-    "缓存的记录和下载的图有多大；删掉也不要紧，用到时会再建。"
-    from vembed_nb.data.read import cache_folder
+    "读过的大文件和下载的图占多大；删掉也不要紧，用到时会再建。（image_cache_dir 的图片缓存不在这里）"
+    from vembed_nb.data.read import cache_files, cache_folder
     for name, what in (("records", "记录"), ("downloads", "下载的图")):
-        files = [p for p in cache_folder(name).iterdir() if p.is_file()]
+        files = cache_files(cache_folder(name))
         size = sum(p.stat().st_size for p in files)
         if clear: [p.unlink(missing_ok=True) for p in files]
         print(f"{what}：{len(files)} 个文件，{size / 1e6:.1f} MB{'，删掉了' if clear and files else ''}，在 {cache_folder(name)}")
 
-def _literal(text):
-    "选项的值：true/false、数字照 JSON 读，别的是文字。"
-    try: return json.loads(text)
-    except ValueError: return text
+def facts_beside(
+    data,  # 数据文件
+) -> dict:
+    "数据旁边的 dataset.json（`vembed data prepare` 写的）：协议、指标、要不要排除自己；没有是空的。"
+    folder = Path(data).parent
+    for place in (folder, folder.parent):
+        try: facts = json.loads((place/"dataset.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError): continue
+        if isinstance(facts, dict) and (place == folder or facts.get("reverse") == folder.name): return facts
+    return {}
+
+def own_options(
+    name: str,  # 数据集的名字
+    pairs,  # ["键=值"]
+) -> dict:
+    "数据集自己的选项，按读取函数的默认值的类型读；写错的抛 `VembedError`。"
+    import inspect
+    from vembed_nb.data.public import find_set
+    known, out = inspect.signature(find_set(name).reader).parameters, {}
+    for pair in pairs:
+        key, eq, text = pair.partition("=")
+        if not (key and eq): raise VembedError(f"--option {pair!r} 要写成 键=值")
+        if key not in known or key in ("src", "split", "out"): raise VembedError(f"{name} 没有选项 {key!r}；有的见 vembed data list {name}")
+        kind, text = type(known[key].default), text.strip("'\"")
+        try: out[key] = None if text in ("None", "null", "") and kind is not str else {"true": True, "1": True, "是": True, "false": False, "0": False, "否": False}[text.lower()] if kind is bool else kind(text) if kind in (int, float) else int(text) if kind is type(None) and text.isdigit() else text
+        except (KeyError, ValueError): raise VembedError(f"--option {pair!r} 不行：{key} 要{'是 true 或 false' if kind is bool else '是数'}（默认 {known[key].default!r}）") from None
+    return out
+
+def aligned(
+    text: str,  # Markdown
+) -> str:
+    "终端里看的：Markdown 的表变成对齐的列（一个汉字占两格），别的行不动。"
+    import unicodedata
+    wide = lambda s: sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
+    out, table = [], []
+    for line in [*text.splitlines(), ""]:
+        cells = [c.strip() for c in line.strip().strip("|").split(" | ")] if line.startswith("|") else None
+        if cells and not set(line) <= set("|-: "): table.append(cells)
+        elif cells is None:
+            widths = [max(wide(r[i]) for r in table if i < len(r)) for i in range(max(map(len, table), default=0))]
+            out += ["  ".join(c + " " * (w - wide(c)) for c, w in zip(r, widths)).rstrip() for r in table]
+            table = []
+            out.append(line)
+    return "\n".join(out).rstrip().replace("`", "")
 
 # %% ../nbs/98_cli.ipynb #01ae49cf
 @data_app.command("table")

@@ -37,7 +37,7 @@ def crop_box(
     area: tuple = (0.5, 1.0),  # 面积占原图的最小、最大比例
     ratio: tuple = (3 / 4, 4 / 3),  # 宽高比的范围
 ) -> tuple:  # (左, 上, 右, 下)，像素
-    "随机的裁剪框（arXiv:1409.4842 §6）；试十次都放不下（图太狭长）时是正中间宽高比最接近的一块。"
+    "随机的裁剪框（arXiv:1409.4842 §6）；试十次都放不下（图太狭长）时，裁宽高比最接近的最大一块，位置仍随机。"
     for _ in range(10):
         target, r = width * height * rng.uniform(*area), math.exp(rng.uniform(*np.log(ratio)))
         w, h = round(math.sqrt(target * r)), round(math.sqrt(target / r))

@@ -4,35 +4,33 @@
 
 # %% auto #0
 __all__ = ['SCRIPTS', 'COMMON', 'CROWD', 'rows', 'LENGTH_EDGES', 'COPY_EDGES', 'mean_log_copies', 'duplicate_floor', 'script_of',
-           'script_name', 'spread', 'Pictures', 'look', 'look_all', 'near_pairs', 'tolerant_rows', 'Row', 'each_row',
-           'Tally', 'identity', 'pairs_of', 'DataReport', 'alike', 'root_of', 'check', 'check_data', 'plot',
-           'pairs_sheet', 'write_clean', 'drop_broken', 'drop_broken_corpus']
+           'script_name', 'spread', 'Pictures', 'look', 'look_all', 'near_pairs', 'Row', 'each_row', 'Tally',
+           'identity', 'pairs_of', 'DataReport', 'to_dict', 'problems', 'refused', 'alike', 'root_of', 'check',
+           'check_data', 'plot', 'pairs_sheet', 'plain_json', 'guard_output', 'root_text', 'write_clean', 'drop_broken',
+           'drop_broken_corpus']
 
 # %% ../../nbs/17_data.check.ipynb #35db8296
 import base64
-import csv
-import gzip
 import io
 import json
+import math
 import os
 import random
 import re
-import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from itertools import islice
-from math import log
 from pathlib import Path
 
 import numpy as np
 
 from ..core import VembedError, atomic_dir, check_dir, progress
 from .images import broken_images, image_name, image_size, open_image, resolve_image
-from .read import MAX_LINE, Records, _binary, _file_rows, _has_columns, _json, _kind, _paths, read_records, read_rows, rename_columns, text_encoding
+from .read import Records, check_columns, is_saved, need_columns, read_records, read_rows, rename_columns
 from .store import picture_bytes
-from .tasks import MODES, Item, Record, as_records, mode_of, picture_format, picture_id
+from .tasks import IMAGE_SUFFIXES, MODES, Item, Record, as_records, check_record, few, mode_of, one_line, picture_format, picture_id
 
 # %% ../../nbs/17_data.check.ipynb #fcdba2d9
 def mean_log_copies(
@@ -201,65 +199,6 @@ def _crowded(a, b, ta, tb, values, colour, own):
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/17_data.check.ipynb #d9f10520
-def _lines(path):
-    "JSONL 的每一行；一行坏了不影响下一行。"
-    name, n = Path(path).name, 0
-    with _binary(path) as f: head = f.read(2)
-    try: encoding = text_encoding(path)
-    except VembedError:
-        if head in (b"\xff\xfe", b"\xfe\xff"): raise
-        encoding = "utf-8-sig"  # 有几行编码坏了：别的行照读
-    with _binary(path) as f:
-        while line := f.readline(MAX_LINE + 1):
-            n += 1
-            where = f"{name} 第 {n} 行"
-            if len(line) > MAX_LINE:
-                while (more := f.readline(MAX_LINE)) and not more.endswith(b"\n"): pass
-                yield where, line[:200].decode("utf-8", "backslashreplace"), f"{where}超过 {MAX_LINE >> 20} MB；JSONL 要一行一条记录"; continue
-            try: text = line.decode(encoding if n == 1 else encoding.removesuffix("-sig"))
-            except UnicodeDecodeError as e: yield where, line.decode("utf-8", "backslashreplace"), f"{where}不是 UTF-8（这一行的第 {e.start} 个字节）"; continue
-            if not text.strip(): continue
-            try: row, error = _json(text, where), ""
-            except VembedError as e: row, error = text, str(e)
-            if not error and not isinstance(row, dict): row, error = text, f"{where} 要是一个 JSON 对象 {{…}}，这里是 {type(row).__name__}"
-            yield where, row, error
-
-def _cells(path, delimiter, columns):
-    "CSV 的每一行；列多了、引号坏了的记下来。"
-    name = Path(path).name
-    csv.field_size_limit(MAX_LINE)
-    with io.TextIOWrapper(_binary(path), encoding=text_encoding(path), newline="") as f:
-        reader = csv.reader(f, delimiter=delimiter, strict=True)
-        try: header = next(reader, None)
-        except csv.Error as e: raise VembedError(f"{name} 的第一行不是合格的 CSV：{e}") from e
-        if header is None: return
-        if twice := [h for h in header if header.count(h) > 1]: raise VembedError(f"{name} 有两列都叫 {twice[0]!r}；列名不能重复")
-        _has_columns(header, columns, name)
-        while True:
-            where = f"{name} 第 {reader.line_num + 1} 行"
-            try: cells = next(reader, None)
-            except csv.Error as e: yield where, "", f"{where}不是合格的 CSV：{e}（引号没有闭上，或多了引号）"; continue
-            if cells is None: return
-            row = {k: v for k, v in zip(header, cells) if v != ""}
-            if len(cells) > len(header): yield where, delimiter.join(cells), f"{where} 的列比表头多；含有分隔符的文字要用双引号括起来"
-            elif row: yield where, row, ""
-
-def tolerant_rows(
-    path,  # 一个文件
-    columns: dict | None = None,  # {字段名: 列名}；有表头的格式先查列在不在
-):  # 生成器：(出处, 一行或原文, 错误)；好的行错误是空串
-    "逐行读一个文件，坏行带着错误交出来，接着读下一行。整个文件打不开的抛 `VembedError`。"
-    kind = _kind(path)
-    try:
-        if kind == ".json":
-            with _binary(path) as f: kind = ".jsonl" if f.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[" else ".json"
-        if kind == ".jsonl": yield from _lines(path)
-        elif kind in (".csv", ".tsv"): yield from _cells(path, "\t" if kind == ".tsv" else ",", columns)
-        else: yield from ((where, row, "") for where, row in _file_rows(path, columns))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise VembedError(f"{path} 不是完整的 gzip 文件：{e}") from e
-    except OSError as e: raise VembedError(f"{path} 读到一半出错：{e}") from e
-
-# %% ../../nbs/17_data.check.ipynb #a4233bed
 @dataclass
 class Row:
     "读到的一行：好的有 `records`，坏的有 `error`。"
@@ -273,20 +212,22 @@ def each_row(
     columns: dict | None = None,  # {字段名: 列名}
 ):  # 生成器：Row
     "逐行读和解释；坏行交出原因，不停下。文件不存在、格式不认得，抛 `VembedError`。"
-    if isinstance(source, (str, os.PathLike)) and not str(source).startswith("hf:") and not (Path(source)/"state.json").exists():
+    if isinstance(source, (str, os.PathLike)) and not str(source).startswith("hf:") and not is_saved(source):
         seen = set()
-        for where, row, error in (r for p in _paths(source) for r in tolerant_rows(p, columns)):
-            if columns and not error and isinstance(row, dict) and len(seen) < len(columns): seen.update(row.keys() & set(columns.values()))
-            yield Row(where, row, error=error) if error else _as_row(where, row, columns)
-        if seen: _has_columns(list(seen), columns, str(source))
+        for where, row in read_rows(source, columns, on_error=lambda where, raw, error: Row(where, raw, error=str(error))):
+            if columns and isinstance(row, dict): seen |= row.keys() & columns.values() if seen else row.keys()
+            yield row if isinstance(row, Row) else _as_row(where, row, columns)
+        if seen: need_columns(seen, columns, one_line(source, 300))
     elif isinstance(source, (list, tuple, Records)):
-        for n, row in enumerate(source, 1): yield Row(row.where or f"第 {n} 条", None, [row]) if isinstance(row, Record) else _as_row(f"第 {n} 条", row, columns)
+        for n, row in enumerate(source, 1): yield _as_row(f"第 {n} 条", row, columns)
     else:
         for r in read_records(source, columns): yield Row(r.where, None, [r])
 
 def _as_row(where, row, columns):
-    "解释一行。"
+    "解释一行；已经是 Record 的只查一遍。"
+    if isinstance(row, Record): where = row.where or where
     try:
+        if isinstance(row, Record): mode_of(check_record(row, where)); return Row(where, None, [row])
         if not isinstance(row, dict): raise VembedError(f"{where} 要是一个 dict，这里是 {type(row).__name__}")
         if columns: row = rename_columns(row, columns, where)
         records = as_records(row, where)
@@ -299,15 +240,17 @@ rows = [{"query": "一只猫", "positive": "cat.jpg"}, {"query": "", "positive":
 [(r.where, len(r.records), r.error) for r in each_row(rows)]
 
 # %% ../../nbs/17_data.check.ipynb #ea12804d
+_CODE = re.compile(r"[\w./\\-]*[0-9_/\\][\w./\\-]*", re.ASCII).fullmatch  # 货号、文件名的样子：没有空格和汉字
+
 class Tally:
-    "边走边记。各列是整数，只留身份，不留内容。"
+    "边走边记。各列是整数，只留身份，不留内容（组名除外）。"
     def __init__(self,
         images: bool = True,  # 看图
         names: bool = True,  # 记下图片的名字；False 时只记散列
         seed: int = 0,  # 一条记录有几个正例时抽一个，训练也是这样
     ):
         self.records, self.bad, self.negatives, self.modes, self.rng, self.images, self.names = 0, 0, 0, Counter(), random.Random(seed), images, names
-        self.paths, self.embedded, self.groups = {}, Pictures(), set()
+        self.paths, self.embedded, self.sizes, self.codes, self.coded = {}, Pictures(), Counter(), [], 0
         for name in ("query", "asked", "chosen", "document", "owner", "row", "pair", "picture", "caption_of", "caption"): setattr(self, name, array("q"))
         self.lengths, self.scripts = {"query": array("I"), "document": array("I")}, {"query": Counter(), "document": Counter()}
 
@@ -323,13 +266,14 @@ class Tally:
         q = hash(r.query_id)
         self.query.append(q); self.asked.append(hash(r.query.key)); self.chosen.append(docs[self.rng.randrange(len(docs))] if len(docs) > 1 else docs[0])
         self.document.extend(docs); self.owner.extend([self.records - 1] * len(docs)); self.row.append(identity(r))
-        if r.group: self.groups.add(hash(r.group))
         self.pair.extend(pairs_of(r))
         for role, items in (("query", (r.query,)), ("document", (*r.positives, *r.negatives))):
             for item in items:
                 if item.text is not None: self.lengths[role].append(len(item.text)); self.scripts[role][script_of(item.text)] += 1
                 if item.image is not None:
                     for p in item.images: self._picture(p)
+        if r.group: self.sizes[r.group] += 1
+        if mode == "t2t" and _CODE(r.positives[0].text): self.codes.append(r.positives[0].text) if len(self.codes) < 50 else None; self.coded += 1
         if mode in ("t2i", "i2t"):
             for p in r.positives: a, b = (p, r.query) if mode == "t2i" else (r.query, p); self.caption_of.append(hash(a.key)); self.caption.append(hash(b.text))
 
@@ -384,22 +328,41 @@ class DataReport:
     leaks: dict = field(default_factory=dict)  # 测试文件 → 泄漏了多少
     looked: bool = True  # 图片看过没有
     bins: dict = field(default_factory=dict)  # 画图用的直方图
+    codes: dict = field(default_factory=dict)  # 文档像图片的文件名、却当成了文字：{"share", "example"}
+    largest_batch: int = 0  # 同组的不同批时，一批至多几条；没有组时是 0
     leaked: dict = field(default_factory=dict)  # 泄漏的图 → 原因（`write_clean` 要用）
 
-    def to_dict(self) -> dict:
-        "可以存成 JSON 的样子。"
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"problems": self.problems}
+# %% ../../nbs/17_data.check.ipynb #99db45a4
+def to_dict(self: DataReport) -> dict:
+    "可以存成 JSON 的样子。"
+    return {f.name: getattr(self, f.name) for f in fields(self)} | {"problems": self.problems}
 
-    @property
-    def problems(self) -> list:  # [str]
-        "该先看的，要紧的在前。"
-        return list(_problems(self))
+@property
+def problems(self) -> list:  # [str]
+    "该先看的，要紧的在前。"
+    return list(_problems(self))
 
-    def __repr__(self): return f"DataReport({Path(self.source).name}：{self.records} 条，坏行 {self.bad_rows}，坏图 {len(self.broken)}，要看的 {len(self.problems)} 件)"
+@property
+def refused(self) -> str:  # 空串表示没有
+    "这份数据为什么不能直接拿去训练：有坏行，或者一半以上的图打不开。"
+    if self.bad_rows: return f"{self.bad[0]['reason']}（一共 {self.bad_rows} 行不合格；--fix 文件夹 写一份干净的）"
+    if self.broken and 2 * len(self.broken) >= self.images: return f"{self.images} 张图里有 {len(self.broken)} 张打不开，第一张：{next(iter(self.broken.values()))}"
+    return ""
 
-    def _repr_markdown_(self):
-        table = "\n".join(["| 项目 | 值 |", "|---|---|", *(f"| {k} | {v} |" for k, v in _table(self))])
-        return table + ("\n\n先看这些：\n\n" + "\n".join(f"- {p}" for p in self.problems) if self.problems else "\n\n没有发现问题。")
+def __str__(self):
+    wide = lambda text: sum(2 if ord(c) > 0x2E7F else 1 for c in text)
+    rows = list(_table(self))
+    left = max(wide(k) for k, _ in rows)
+    lines = [f"{k}{' ' * (left - wide(k))}  {v}" for k, v in rows]
+    return "\n".join(lines + (["", "先看这些：", *(f"· {p}" for p in self.problems)] if self.problems else ["", "没有发现问题。"]))
+
+def __repr__(self): return f"DataReport({Path(self.source).name}：{self.records} 条，坏行 {self.bad_rows}，坏图 {len(self.broken)}，要看的 {len(self.problems)} 件)"
+
+def _repr_markdown_(self):
+    table = "\n".join(["| 项目 | 值 |", "|---|---|", *(f"| {k} | {v} |" for k, v in _table(self))])
+    return table + ("\n\n先看这些：\n\n" + "\n".join(f"- {p}" for p in self.problems) if self.problems else "\n\n没有发现问题。")
+
+DataReport.to_dict, DataReport.problems, DataReport.refused, DataReport.__str__, DataReport.__repr__, DataReport._repr_markdown_ = to_dict, problems, refused, __str__, __repr__, _repr_markdown_
 
 # %% ../../nbs/17_data.check.ipynb #d5381099
 def _some(rows, n=5):
@@ -413,13 +376,16 @@ def _problems(r):
     if r.broken: yield f"{len(r.broken)} 张图打不开：{_some(r.broken.values(), 3)}"
     for name, leak in r.leaks.items():
         if leak["pictures"]: yield f"泄漏：{leak['pictures']} 张训练的图也在 {Path(name).name} 里（{leak['same']} 张内容相同，{leak['near']} 张近重复），例如 {leak['examples'][0]['picture']} 与 {leak['examples'][0]['other']}"
+        if leak["broken"]: yield f"{Path(name).name} 有 {leak['broken']} 张图打不开，它们泄漏没有看不出来"
         if leak["pairs"]: yield f"泄漏：{leak['pairs']} 对（查询，正例）也在 {Path(name).name} 里"
+    if r.codes: yield f"文档像图片的文件名（例如 {r.codes['example']}），却当成了文字，因为没有 .jpg 这样的扩展名；若是图，写 positive_image=那一列（命令行 --columns positive_image=列名）"
+    if r.largest_batch and r.largest_batch < min(32, r.records): yield f"只有 {r.groups} 组，同组的互为正例、不能同批，所以一批至多 {r.largest_batch} 条；group 应当是款号，不是大类（大类就不要写成 group，或按组取批：batch_sampler=grouped）"
     d = r.duplicates
-    if d.get("records"): yield f"{d['records']} 条记录与前面的某一条完全相同"
-    if d.get("most", 0) > 1 and (worst := max(r.floor.values(), default=0)) > .005:
-        yield f"有的正例出现 {d['most']} 次：全在一批里时这些行的损失不低于 ln {d['most']} = {log(d['most']):.2f}；随机抽批而不分开，期望的地板是 {'、'.join(f'{v:.3f}（批 {k}）' for k, v in r.floor.items())}。训练默认把它们分开（NoDuplicateBatches），那时是 0"
+    if d.get("records"): yield f"{d['records']} 条记录与前面的某一条完全相同；--fix 只留第一条"
+    if d.get("most", 0) > 1 and max(r.floor.values(), default=0) > .05:
+        yield f"有的正例出现 {d['most']} 次：若让重复的条目落在同一批，损失至少高 {'、'.join(f'{v:.3f}（批 {k}）' for k, v in r.floor.items())}；训练默认把它们分开（NoDuplicateBatches），那时是 0，不用管"
     n = r.near
-    if n.get("copies"): yield f"{n['copies']} 张图与另一张内容完全相同、名字不同：同一批里会成为假反例，例如 {n['copy_examples'][0][0]} 与 {n['copy_examples'][0][1]}"
+    if n.get("copies"): yield f"{n['copies']} 张图与另一张内容完全相同、名字不同：同一批里会成为假反例，--fix 也不动它们；合成一条记录的几个正例，或给它们同一个 group，例如 {n['copy_examples'][0][0]} 与 {n['copy_examples'][0][1]}"
     if n.get("pairs"): yield f"{n['pictures']} 张图有近重复（{n['pairs']} 对），例如 {n['examples'][0]['picture']} 与 {n['examples'][0]['other']}"
     if n.get("crowded"): yield f"{n['crowded']} 张图的样子几乎没有起伏（纯色或极简单），它们之间的近重复可能没有找全"
     if r.picture_size.get("small"): yield f"{r.picture_size['small']} 张图的短边不到 64 像素，放大了也看不清"
@@ -435,7 +401,7 @@ def _table(r):
     yield "每条记录的正例、反例", f"{r.positives_per_query:.2f}、{r.negatives_per_record:.2f}"
     yield "每个文档出现在几条记录里", f"{r.documents_reused:.2f}，最多 {r.duplicates.get('most', 1)}"
     if r.groups: yield "组", r.groups
-    if r.duplicates.get("most", 1) > 1: yield "重复不分开时损失的地板", "、".join(f"批 {k}：{v:.3f}" for k, v in r.floor.items())
+    if r.duplicates.get("most", 1) > 1: yield "重复落在同一批时损失至少高", "、".join(f"批 {k}：{v:.3f}" for k, v in r.floor.items())
     for role, name in (("query", "查询的长度"), ("document", "文档的长度")):
         if r.text_length.get(role): yield name, _spread_text(r.text_length[role])
     for role, name in (("query", "查询的文字"), ("document", "文档的文字")):
@@ -443,7 +409,7 @@ def _table(r):
         if total: yield name, "、".join(f"{script_name(k)} {n / total:.0%}" for k, n in list(r.scripts[role].items())[:5])
     if r.captions_per_picture: yield "每张图几句话", "、".join(f"{k} 句 {n} 张" for k, n in list(r.captions_per_picture.items())[:8])
     yield "图片", r.images
-    if r.picture_size: yield "图片的短边", f"最小 {r.picture_size['short']['min']}、中位 {r.picture_size['short']['median']:g}、最大 {r.picture_size['short']['max']} 像素；" + "、".join(f"{k} {n}" for k, n in r.picture_size["formats"].items())
+    if r.picture_size: yield "图片的短边", f"最小 {r.picture_size['short']['min']}、中位 {r.picture_size['short']['median']:g}、最大 {r.picture_size['short']['max']} 像素"; yield "图片的格式", "、".join(f"{k} {n} 张" for k, n in r.picture_size["formats"].items())
     if not r.images: return
     yield "坏图", len(r.broken) if r.looked else "没有看"
     if r.looked: yield "改了名的同一张、近重复", f"{r.near.get('copies', 0)} 张、{r.near.get('pairs', 0)} 对"
@@ -467,7 +433,7 @@ def _duplicates(t, source, columns):
         at = {i: r for i, r in islice(records, last + 1) if any(i == x[1] for v in want.values() for x in v)}
         for role, xs in want.items(): named[role] = [{"id": (at[i].query_id if role == "query" else at[i].positive_ids[j])[:200], "times": n, "first": at[i].where} for n, i, j in xs]
     most = int(d.max(initial=0))
-    return {"records": int(len(t.row) - len(r)), "repeated_queries": int(q[q > 1].sum()), "repeated_documents": int((d > 1).sum()), "most": most, "ln_most": round(log(max(most, 1)), 4), "top": named}
+    return {"records": int(len(t.row) - len(r)), "repeated_queries": int(q[q > 1].sum()), "repeated_documents": int((d > 1).sum()), "most": most, "ln_most": round(math.log(max(most, 1)), 4), "top": named}
 
 def _histogram(values, edges):
     "[(左边, 个数)]。"
@@ -526,18 +492,21 @@ def _leak(t, pictures, root, test, test_root, distance, colour, columns):
                 if isinstance(p, str): paths[p] = True
                 elif t.images: embedded.add(picture_id(p), look(p))
     name = Path(str(test)).name if isinstance(test, (str, os.PathLike)) else "测试"
-    full = lambda r, p: os.path.realpath(os.path.join(r, p))
+    full, blind = lambda r, p: os.path.realpath(os.path.join(r, p)), 0
     there = {full(test_root, p): p for p in paths}
     reasons = {p: (f"与 {name} 的 {there[full(root, p)]} 是同一个文件", there[full(root, p)], 0) for p, on_disk in t.paths.items() if on_disk and full(root, p) in there}
     if t.images:
+        if paths and not any(os.path.isfile(full(test_root, p)) for p in paths) and any(os.path.isfile(full(root, p)) for p in paths): test_root = root  # 测试文件在别的文件夹，图和训练的在一起
         other = look_all(paths, test_root, into=embedded)
+        if other.broken and not len(other): raise VembedError(f"--against {name} 的 {len(other.broken)} 张图全打不开，看不出泄漏；写明 --image-root（第一张：{next(iter(other.broken.values()))}）")
+        blind = len(other.broken)
         same = {d: n for n, d in zip(other.names, other.digests)}
         reasons |= {n: (f"与 {name} 的 {same[d]} 内容相同", same[d], 0) for n, d in zip(pictures.names, pictures.digests) if d in same and n not in reasons}
         for i, j, bits, gap in near_pairs(pictures, other, distance, colour): reasons.setdefault(pictures.names[i], (f"与 {name} 的 {other.names[j]} 近重复（差 {bits} 位，颜色差 {gap}）", other.names[j], bits + 1))
     near = sum(k > 0 for *_, k in reasons.values())
     seen = np.unique(np.asarray(t.pair, np.int64))
     report = {"pictures": len(reasons), "same": len(reasons) - near, "near": near, "pairs": int(np.isin(seen, np.fromiter(pairs, np.int64)).sum()), "queries": len(queries & set(np.unique(np.asarray(t.asked)).tolist())),
-              "examples": [{"picture": n, "other": o, "why": w} for n, (w, o, _) in sorted(reasons.items(), key=lambda x: x[1][2])[:100]], "image_root": str(test_root)}
+              "broken": blind, "examples": [{"picture": n, "other": o, "why": w} for n, (w, o, _) in sorted(reasons.items(), key=lambda x: x[1][2])[:100]], "image_root": str(test_root)}
     return report, {n: w for n, (w, _, _) in reasons.items()}, pairs
 
 # %% ../../nbs/17_data.check.ipynb #c3304670
@@ -547,14 +516,17 @@ def root_of(
 ) -> str:
     "图片根目录：给了就用；旁边的 dataset.json 里写着就用那个；否则是数据文件所在的文件夹。"
     if image_root or not isinstance(path, (str, os.PathLike)): return str(image_root)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
     for place in (folder, folder.parent):
+        if not os.path.isfile(place/"dataset.json"): continue
         try: facts = json.loads((place/"dataset.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError): continue
-        if isinstance(facts, dict) and facts.get("image_root") and (place == folder or facts.get("reverse") == folder.name): return os.path.normpath(place/facts["image_root"])
+        except (OSError, ValueError, RecursionError): continue
+        if not isinstance(facts, dict) or not facts.get("image_root") or not (place == folder or facts.get("reverse") == folder.name): continue
+        if not isinstance(facts["image_root"], str): raise VembedError(f"{one_line(place/'dataset.json', 300)} 的 image_root 要是文字（图片根目录），这里是 {one_line(facts['image_root'])}；改正它，或者写明 --image-root")
+        return os.path.normpath(place/facts["image_root"])
     return str(folder)
 
-# %% ../../nbs/17_data.check.ipynb #21cf3708
+# %% ../../nbs/17_data.check.ipynb #6265594f
 def check(
     source,  # 文件、文件夹、通配符、dict 或 Record 的列表、Records、datasets.Dataset
     image_root="",  # 图片根目录；默认见 `root_of`
@@ -566,6 +538,7 @@ def check(
     colour: int = 32,  # 近重复：缩略图差得最多的一格至多差多少，0 到 255
 ) -> DataReport:
     "体检一份数据。坏行、坏图、重复、泄漏都写进报告，不抛错；文件打不开、一条合格的记录也没有，抛 `VembedError`。"
+    check_columns(columns)
     if isinstance(against, (str, os.PathLike)): against = [against]
     if not isinstance(source, (str, os.PathLike, list, tuple, Records)): source = read_records(source, columns)
     root, t, bad, rows = root_of(source, image_root), Tally(images, images or bool(against)), [], 0
@@ -575,10 +548,11 @@ def check(
             t.bad += 1
             if len(bad) < 1000: bad.append({"where": row.where, "reason": row.error})
         for r in row.records: t.add(r)
-    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "source", "列表")
+    name = one_line(source, 300) if isinstance(source, (str, os.PathLike)) else getattr(source, "source", "列表")
     if not t.records: raise VembedError(f"{name} 里没有一条记录" + (f"是合格的，{t.bad} 行都不行，第一行：{bad[0]['reason']}" if bad else "；至少要有一条"))
     pictures = look_all((p for p, on_disk in t.paths.items() if on_disk), root, into=t.embedded) if images else Pictures()
     report = _summary(t, name, rows, bad, pictures, batch_sizes)
+    if t.coded >= .9 * t.records and (len({len(c) for c in t.codes}) <= 2 or _on_disk(t.codes, root)): report.codes = {"share": t.coded / t.records, "example": t.codes[0]}
     report.image_root, report.duplicates = root, _duplicates(t, source, columns)
     if images: report.near = _near(pictures, distance, colour)
     report._pairs = set()
@@ -588,16 +562,23 @@ def check(
         report.leaked |= reasons; report._pairs |= pairs
     return report
 
+# %% ../../nbs/17_data.check.ipynb #8d8fde49
+def _on_disk(names, root):
+    "这些名字里有没有图片根目录下的文件（补上扩展名也算）。"
+    there = lambda n: os.path.isfile(os.path.join(root, n)) or any(os.path.isfile(os.path.join(root, n + s)) for s in IMAGE_SUFFIXES)
+    return any(map(there, names))
+
 def _summary(t, name, rows, bad, pictures, batch_sizes):
     "不用再读文件的那些项。"
     times, _ = _counted(t.document)
     size, plots = _sizes(pictures)
     bins = {"text": {k: _histogram(np.asarray(v), LENGTH_EDGES) for k, v in t.lengths.items() if len(v)}, "copies": _histogram(times, COPY_EDGES), **plots}
     bins["floor"] = [(b, round(duplicate_floor(t.query, t.chosen, b), 4)) for b in dict.fromkeys(min(2**k, t.records) for k in range(1, 13))]
+    loose = t.records - sum(t.sizes.values())
     return DataReport(name, t.records, dict(t.modes.most_common()), len(_counted(t.query)[0]), len(times), len(t.document) / t.records, len(t.document) / len(times),
-                      len(t.paths) if t.names else len(_counted(t.picture)[0]), "", rows, t.bad, bad, t.negatives / t.records, len(t.groups),
+                      len(t.paths) if t.names else len(_counted(t.picture)[0]), "", rows, t.bad, bad, t.negatives / t.records, len(t.sizes),
                       {k: spread(v) for k, v in t.lengths.items() if len(v)}, {k: dict(v.most_common()) for k, v in t.scripts.items() if v}, {},
-                      {str(b): round(duplicate_floor(t.query, t.chosen, b), 4) for b in dict.fromkeys(min(b, t.records) for b in batch_sizes)}, _captions(t), size, dict(pictures.broken), looked=t.images, bins=bins)
+                      {str(b): round(duplicate_floor(t.query, t.chosen, b), 4) for b in dict.fromkeys(min(b, t.records) for b in batch_sizes)}, _captions(t), size, dict(pictures.broken), looked=t.images, bins=bins, largest_batch=(len(t.sizes) + loose) * bool(t.sizes))
 
 def check_data(
     path,  # .jsonl、.csv 等
@@ -687,14 +668,22 @@ def pairs_sheet(self: DataReport,
 DataReport.pairs_sheet = pairs_sheet
 
 # %% ../../nbs/17_data.check.ipynb #40bb74ef
-def _plain_json(value):
-    "一行 → 能写成 JSON 的样子：字节和 PIL 图片变成 data: URI。"
-    if isinstance(value, dict): return _plain_json(value["bytes"]) if value.get("bytes") is not None and value.keys() <= {"bytes", "path"} else {k: _plain_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain_json(v) for v in value]
+def plain_json(
+    value,  # 一行（dict），或里面的任何值
+):  # 能写成 JSON 的同样的东西
+    "一行 → 能写成 JSON、也读得回来的样子：字节和 PIL 图片变成 data: URI，NaN 和无穷变成 null（JSON 里没有它们），半个字符变成转义的文字。"
+    try: return _plain(value)
+    except RecursionError: return one_line(value, 1000)  # 套着自己的 dict
+
+def _plain(value):
+    if isinstance(value, dict): return _plain(value["bytes"]) if value.get("bytes") is not None and value.keys() <= {"bytes", "path"} else {_plain(k) if isinstance(k, str) else one_line(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, str): return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, os.PathLike): return os.fspath(value)
     if hasattr(value, "tobytes") and hasattr(value, "mode"): value = picture_bytes(value)
     if isinstance(value, (bytes, bytearray)): return f"data:image/{(picture_format(bytes(value[:16])) or 'unknown').lower()};base64,{base64.b64encode(value).decode()}"
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    if isinstance(value, float): return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int) and value.bit_length() < 10_000 else one_line(value, 1000)
 
 def _row_of(r):
     "没有原来那一行的（来自 Records）：由记录写出一行。"
@@ -736,11 +725,11 @@ def _verdict(row, bad, pairs, seen):
     if row.error: return "不合格", row.error, None, []
     ids = [identity(r) for r in row.records]
     if all(i in seen for i in ids): return "重复", f"{row.where} 与前面的一条完全相同", None, []
-    kind = lambda why: "泄漏" if why.startswith("泄漏") else "坏图"
+    kind = lambda why: "泄漏" if why.startswith("它泄漏") else "坏图"
     for r in row.records if bad else ():
-        if why := _bad_part(r.query, bad): return kind(why), f"查询的图不能用：{why}", None, []
+        if why := _bad_part(r.query, bad): return kind(why), f"查询的图不能用，{why}", None, []
         gone = [_bad_part(p, bad) for p in r.positives]
-        if all(gone): return kind(gone[0]), f"正例的图不能用：{gone[0]}", None, []
+        if all(gone): return kind(gone[0]), f"正例的图不能用，{gone[0]}", None, []
     if pairs and any(p in pairs for r in row.records for p in pairs_of(r)): return "泄漏", "泄漏：这一对（查询，正例）也在测试里", None, []
     original = _original(row)
     kept, why = _trim(original, row.records, bad) if bad else (original, [])
@@ -752,6 +741,37 @@ def _verdict(row, bad, pairs, seen):
 
 def _original(row): return _row_of(row.records[0]) if row.row is None and row.records else row.row
 
+# %% ../../nbs/17_data.check.ipynb #6405621a
+def guard_output(
+    out,  # 输出文件夹
+    overwrite: bool,  # 打算替换旧的输出
+    marks: list,  # 本工具写的文件名；第一个是记号
+    reads=(),  # 要读的文件和文件夹
+    only_ours: bool = True,  # 里面有别的文件就不替换
+):
+    "只检查、不改动：输出文件夹里不能有要读的东西；要替换的，只能是本工具写的。不行就抛 `VembedError`。"
+    check_dir(out, overwrite, marks=marks[:1])
+    inside = os.path.join(os.path.realpath(out), "")
+    for p in reads:
+        if os.path.join(os.path.realpath(p), "").startswith(inside): raise VembedError(f"{one_line(p, 300)} 就在输出文件夹 {one_line(out, 300)} 里，写的时候会一起被换掉；换一个输出文件夹")
+    if overwrite and only_ours and os.path.isdir(out) and (other := sorted(n for n in os.listdir(out) if n not in marks and not n.startswith("."))):
+        raise VembedError(f"输出文件夹 {one_line(out, 300)} 里还有 {few(other, 4)}，不是本工具写的，不敢删；移开它们，或换一个输出文件夹")
+
+# %% ../../nbs/17_data.check.ipynb #78ff942c
+def root_text(
+    image_root,  # 图片根目录
+    out,  # 输出文件夹
+) -> str:
+    "写进 dataset.json 的图片根目录：就在旁边时写相对的，整个文件夹搬走也找得到；远的写绝对的。"
+    near = os.path.relpath(os.path.realpath(image_root or "."), os.path.realpath(out))
+    return near if near.split(os.sep).count("..") < 2 else os.path.abspath(image_root or ".")
+
+def _old_file(out):
+    "上一次写的那份干净数据叫什么。"
+    try: name = json.loads((Path(out)/"dataset.json").read_text(encoding="utf-8"))["file"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return []
+    return [name] if isinstance(name, str) else []
+
 def write_clean(
     source,  # 同 `check`
     out,  # 输出文件夹
@@ -761,16 +781,17 @@ def write_clean(
 ) -> dict:  # {"read", "kept", "quarantined", "trimmed", "reasons", "file", "image_root"}
     "写一份干净的：JSONL（本项目的字段名）、quarantine.jsonl、trimmed.jsonl、dataset.json。留下的 + 隔离的 = 读到的。一行也留不下抛 `VembedError`，不写任何东西。"
     if not isinstance(source, (str, os.PathLike, list, tuple, Records)): source = read_records(source, columns)
-    check_dir(out, overwrite, marks=["quarantine.jsonl"])
+    guard_output(out, overwrite, ["quarantine.jsonl", "trimmed.jsonl", "dataset.json", *_old_file(out)], [p for p in (source, report.image_root) if isinstance(p, (str, os.PathLike)) and str(p)])
     stem = (Path(source).name if isinstance(source, (str, os.PathLike)) else "data").split(".")[0].strip("*?[]") or "data"
     name, seen, n, reasons = f"{stem if stem not in ('quarantine', 'trimmed') else 'data'}.jsonl", set(), Counter(), Counter()
-    line = lambda f, row: f.write(json.dumps(_plain_json(row), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-    bad = report.broken | {n: f"泄漏：{w}" for n, w in report.leaked.items()}
+    line = lambda f, row: f.write(json.dumps(plain_json(row), ensure_ascii=False).encode() + b"\n")
+    bad = report.broken | {n: f"它泄漏到测试：{w}" for n, w in report.leaked.items()}
     with atomic_dir(out) as tmp:
         with open(tmp/name, "wb") as clean, open(tmp/"quarantine.jsonl", "wb") as aside, open(tmp/"trimmed.jsonl", "wb") as trimmed:
             for row in progress(each_row(source, columns), "写", report.rows):
                 n["read"] += 1
                 kind, why, kept, parts = _verdict(row, bad, report._pairs, seen)
+                if not kind and isinstance(kept := plain_json(kept), str): kind, why, parts = "不合格", "这一行套着自己，写不成 JSON", []
                 if kind: line(aside, {"where": row.where, "reason": why.removeprefix(row.where).lstrip(" ：，"), "row" if row.records or isinstance(row.row, dict) else "raw": _original(row)}); n["quarantined"] += 1; reasons[kind] += 1
                 else: line(clean, kept); n["kept"] += 1
                 if parts: line(trimmed, {"where": row.where, "reason": parts, "row": _original(row)}); n["trimmed"] += 1
@@ -778,7 +799,7 @@ def write_clean(
         if not n["kept"]: raise VembedError(f"{report.source} 的 {n['read']} 行没有一行留得下来（{'、'.join(f'{k} {v}' for k, v in reasons.items())}）；没有写 {out}")
         if not n["trimmed"]: (tmp/"trimmed.jsonl").unlink()
         summary = {"name": stem, "file": name, "image_root": os.path.abspath(report.image_root or "."), **{k: n[k] for k in ("read", "kept", "quarantined", "trimmed")}, "reasons": dict(reasons.most_common())}
-        (tmp/"dataset.json").write_text(json.dumps(summary, ensure_ascii=False, indent=2), encoding="utf-8")
+        (tmp/"dataset.json").write_text(json.dumps(summary | {"image_root": root_text(report.image_root, out)}, ensure_ascii=False, indent=2), encoding="utf-8")
     return summary
 
 # %% ../../nbs/17_data.check.ipynb #e0e5a9d4

@@ -34,6 +34,8 @@ def resolve_image(
     "把记录里的路径变成真实路径；离开根目录时抛 `VembedError`。"
     base = os.path.realpath(root or ".")
     if "\0" in path: raise VembedError(f"图片路径 {path!r} 里有空字符")
+    try: os.fsencode(path)
+    except UnicodeEncodeError as e: raise VembedError(f"图片路径 {path!r} 里有半个字符（单独的代理码位），不会是文件名；多半是编码错了") from e
     full = os.path.realpath(os.path.join(base, path))
     if full != base and not full.startswith(base.rstrip(os.sep) + os.sep):
         raise VembedError(f"图片路径 {path!r} 在图片根目录之外；路径要写成相对 --image-root 的，或换一个 --image-root")
@@ -54,7 +56,9 @@ def _regular(image, root):
     if re.match(r"(https?|ftp|data):", image): raise VembedError(f"{name} 是一个网址，不是文件；先下载到图片根目录里，再写相对路径")
     path = resolve_image(image, root)
     try: s = path.stat()
-    except (FileNotFoundError, NotADirectoryError): raise VembedError(f"{name} 不存在；检查 --image-root（现在是 {root or '当前文件夹'}）") from None
+    except (FileNotFoundError, NotADirectoryError):
+        why = "；路径里的 \\ 是 Windows 的写法，换成 / 就找得到" if "\\" in image and os.path.isfile(os.path.join(root, image.replace("\\", "/"))) else f"；检查 --image-root（现在是 {root or '当前文件夹'}）"
+        raise VembedError(f"{name} 不存在{why}") from None
     except OSError as e: raise VembedError(f"{name} 打不开：{e.strerror}") from e
     if stat.S_ISDIR(s.st_mode): raise VembedError(f"{name} 是一个文件夹；这里要写一个图片文件")
     if not stat.S_ISREG(s.st_mode): raise VembedError(f"{name} 不是普通文件，而是管道、设备或套接字；不打开它")
@@ -145,7 +149,7 @@ def _decoded(im, name, max_pixels, side):
     if ImageFile.LOAD_TRUNCATED_IMAGES: _once("truncated", "有代码打开了 PIL 的 LOAD_TRUNCATED_IMAGES：截断的图会被悄悄补成灰色，这里查不出来；把它设回 False")
     try: out = to_rgb(im)
     except VembedError as e: raise VembedError(f"{name} 用不了：{e}") from e
-    except Exception as e: raise VembedError(f"{name} 解码失败，可能被截断：{e}") from e  # 解的是别人的字节，什么样的错都可能出
+    except Exception as e: raise VembedError(f"{name} 解码失败，可能被截断{'' if 'truncated' in str(e) else f'：{e}'}") from e  # 解的是别人的字节，什么样的错都可能出
     if "frames" not in _SAID and (n := _frames(im)) > 1: _once("frames", f"{name} 是动图或多页图（{n} 帧），只用第一帧；别的动图也一样，不再提醒")
     return out
 
@@ -203,7 +207,7 @@ def image_name(
     image,  # 路径或 PIL.Image
 ) -> str:  # 路径；打开了的图是 `picture_id`
     "一张图在报告里的名字。"
-    return image if isinstance(image, str) else picture_id(image)
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else picture_id(image)
 
 def broken_images(
     images,  # 路径或 PIL.Image 的可迭代对象（重复的只查一次）

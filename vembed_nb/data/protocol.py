@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from ..core import VembedError, atomic_dir, check_dir, did_you_mean, progress, write_json
+from ..core import VembedError, atomic_dir, did_you_mean, progress, write_json
+from .check import guard_output
+from .table import qrels_line
 from .tasks import looks_like_image
 
 # %% ../../nbs/43_data.protocol.ipynb #66859daa
@@ -267,7 +269,7 @@ def _write_records(path, part, rows, here, tally, limit, qrels_to):
             query = str(row.get("query_id") or "\t".join(x for x in (row.get("query_image"), row.get("query")) if isinstance(x, str)))
             queries.add(query)
             if qrels_to is None: continue
-            for i, _ in positives_of(row): docs.add(i); qrels_to.write(f"{query}\t{i}\t1\n".encode())
+            for i, _ in positives_of(row): docs.add(i); qrels_to.write(qrels_line(query, i).encode())
     return queries, docs
 
 # %% ../../nbs/43_data.protocol.ipynb #2e8e94a9
@@ -290,7 +292,7 @@ def _write_part(part, folder, split, main, limit, here):
     if qrels is not None:
         keep = [(q, c, s) for q, c, s in qrels if q in queries]
         docs = {c for _, c, _ in keep}
-        (folder/f"qrels{tag}.tsv").write_bytes(head + "".join(f"{q}\t{c}\t{s}\n" for q, c, s in keep if ids is None or c in ids or not here.lost).encode())
+        (folder/f"qrels{tag}.tsv").write_bytes(head + "".join(qrels_line(q, c, s) for q, c, s in keep if ids is None or c in ids or not here.lost).encode())
     lost = [] if ids is None else [d for d in docs if d not in ids]
     if lost and not here.lost: raise VembedError(f"{split}：标准答案里有 {len(lost)} 个文档不在图库里，例如 {min(lost)!r}；图库文件不全或拿错了划分")
     return {**tally.result(), **part.counts}
@@ -302,6 +304,9 @@ def _checked_options(public, options):
     if any(p.kind is p.VAR_KEYWORD for p in known.values()): return "out" in known
     own = [k for k in list(known)[2:] if k != "out"]
     bad = [k for k in options if k not in own]
+    for k in set(options) - set(bad):
+        like = type(known[k].default)
+        if like in (bool, int) and type(options[k]) is not like: raise VembedError(f"{public.name} 的选项 {k} 要像 {known[k].default!r} 这样（{'true 或 false' if like is bool else '整数'}），这里是 {options[k]!r}")
     if bad: raise VembedError(f"{public.name} 没有选项 {bad[0]!r}；{did_you_mean(bad[0], own)}可以用 {'、'.join(own) or '（没有选项）'}")
     return "out" in known
 
@@ -350,7 +355,7 @@ def prepare(
     if not src.exists(): raise VembedError(f"没有 {src}；--src 要指向下载好的 {public.title}（{public.where}）")
     if limit is not None and limit < 1: raise VembedError(f"limit 要至少是 1，这里是 {limit}")
     takes_out = _checked_options(public, options)
-    check_dir(out, overwrite, marks=[MARK])
+    guard_output(out, overwrite, [MARK], [src], only_ours=False)
     with atomic_dir(out) as tmp:
         done, given = {}, {**options, **({"out": tmp} if takes_out else {})}
         for split in splits: part, done[split] = _one_split(public, src, tmp, split, limit, (allow_counts, allow_missing, check_images), given)

@@ -58,8 +58,10 @@ def find_set(
     name: str,  # 数据集的名字，例如 "flickr30k"
 ) -> PublicSet:
     "一张卡片；没有这个名字时抛 `VembedError`，并给出最接近的。"
-    if name not in SETS: raise VembedError(f"没有公开数据集 {name!r}；{did_you_mean(name, SETS)}有：{'、'.join(sorted(SETS))}")
-    return SETS[name]
+    found = next((k for k in (name, str(name).lower()) if k in SETS), None)
+    close = did_you_mean(str(name).lower(), SETS) or f"有 {'、'.join(sorted(SETS))}；"
+    if found is None: raise VembedError(f"没有公开数据集 {name!r}；{close}说明见 vembed data list")
+    return SETS[found]
 
 # %% ../../nbs/49_data.public.ipynb #2f648759
 def rows() -> list:  # 每个数据集一个 dict，可以直接变成 JSON

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core import VembedError
 from .store import Keys, keys_of
+from .tasks import one_line
 
 # %% ../../nbs/15_data.sample.ipynb #2203cb67
 def _dense(codes):
@@ -29,9 +30,11 @@ def _dense(codes):
 def ids_of(
     records,  # Record 的序列；自己有 `keys()` 的就用它的
 ) -> Keys:
-    "编号，并且检查：没有记录、有记录没有正例，抛 `VembedError`。"
+    "编号，并且检查：不是 Record 的序列、没有记录、有记录没有正例，抛 `VembedError`。"
+    if isinstance(records, (str, dict)) or not all(hasattr(records, x) for x in ("__len__", "__getitem__")): raise VembedError(f"records 要是 Record 的列表或 Records，这里是 {type(records).__name__}；用 read_records 读出来")
     if not len(records): raise VembedError("没有记录，排不出批；检查数据文件是不是空的")
-    k = records.keys() if hasattr(records, "keys") else keys_of(records)
+    try: k = records.keys() if hasattr(records, "keys") else keys_of(records)
+    except AttributeError as e: raise VembedError(f"records 里有不是 Record 的东西（第一条是 {type(records[0]).__name__}）；dict 先用 read_records 来读") from e
     empty = np.flatnonzero(np.diff(k.offsets) < 1)
     if len(empty): raise VembedError(f"第 {empty[0] + 1} 条记录（{getattr(records[int(empty[0])], 'where', '') or '没有写出处'}）没有正例；每条至少要有一个")
     return Keys(_dense(k.query), _dense(k.positive), k.offsets, _dense(k.group))
@@ -101,9 +104,10 @@ def pack(
         batches.append(batch)
 
 # %% ../../nbs/15_data.sample.ipynb #5c695680
-def _whole(name, value, least=1):
+def _whole(name, value, least=1, most=2**31):
     "检查一个整数。"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least: raise VembedError(f"{name}={value!r} 不行，要是整数，至少 {least}")
+    if most is not None and value > most: raise VembedError(f"{name}={one_line(value)} 不行，至多 {most}")
     return int(value)
 
 def _digest(keys, records):
@@ -126,9 +130,9 @@ class Batches:
         start: int = 0,  # 从第几批开始，续训用
     ):
         "排好这一轮的全部批次。`start` 超出这一轮的批数时抛 `VembedError`。"
-        if epoch != self.epoch: self.plan = self.make(_whole("epoch", epoch, 0))
-        self.epoch, self.total = epoch, len(self.plan[0])
-        if not 0 <= start <= self.total: raise VembedError(f"第 {epoch} 轮一共 {self.total} 批，不能从第 {start} 批开始；数据或 batch_size 大概和上次不同")
+        if epoch != self.epoch: self.plan = self.make(_whole("epoch", epoch, 0, None))
+        self.epoch, self.total, start = epoch, len(self.plan[0]), _whole("start", start, 0)
+        if start > self.total: raise VembedError(f"第 {epoch} 轮一共 {self.total} 批，不能从第 {start} 批开始；数据或 batch_size 大概和上次不同")
         self.start = self.done = start
 
     def __len__(self): return self.total - self.start
@@ -156,9 +160,10 @@ def _load_state_dict(self,
 ):
     "接着上次的位置。种子、数据、大批的大小与上次不同时抛 `VembedError`；进程数可以不同，只要大批一样大。"
     mine = self.identity()
+    if not isinstance(state, dict): raise VembedError(f"续不上：存下来的位置要是 state_dict() 的 dict，这里是 {type(state).__name__}")
     for key, value in mine.items():
         if state.get(key) != value: raise VembedError(f"续不上：采样器的 {key} 现在是 {value}，存下来的是 {state.get(key)}；用同样的数据和设置再来，或者从新的一轮开始")
-    self.set_epoch(state["epoch"], state["batch"])
+    self.set_epoch(state.get("epoch"), _whole("batch", state.get("batch"), 0))
 
 def _identity(self) -> dict:  # 只有整数、字符串和 dict
     "决定次序的全部东西。"
@@ -171,7 +176,7 @@ Batches.state_dict, Batches.load_state_dict, Batches.identity = _state_dict, _lo
 def _open(self, records, batch_size, seed, shuffle, rank, world_size, **options):
     "检查参数，编号，排第 0 轮；一批也凑不出时抛 `VembedError`。"
     self.records, self.batch_size, self.shuffle, self.options = records, _whole("batch_size", batch_size), bool(shuffle), options
-    self.seed, self.rank, self.world_size = _whole("seed", seed, 0), _whole("rank", rank, 0), _whole("world_size", world_size)
+    self.seed, self.rank, self.world_size = _whole("seed", seed, 0, None), _whole("rank", rank, 0), _whole("world_size", world_size)
     if self.rank >= self.world_size: raise VembedError(f"rank={rank} 不行：world_size={world_size}，rank 要在 0 到 {world_size - 1} 之间")
     self.ids = ids_of(records)
     self.set_epoch(0)
@@ -218,7 +223,12 @@ class NoDuplicateBatches(Batches):
     def too_few(self):
         "一批也凑不出时说的话。"
         ranks = f"（{self.world_size} 个进程合起来 {self.batch_size * self.world_size} 条）" if self.world_size > 1 else ""
-        return f"{len(self.records)} 条记录凑不出一批 {self.batch_size} 条互不重复的{ranks}；能用的最大 batch_size 是 {self.largest // self.world_size}"
+        kinds = {"query": "查询", "positive": "正例", "group": "组"}
+        few = {name: len(np.unique(x[x >= 0])) + int((x < 0).sum()) for name in kinds for x in [getattr(self.ids, name)]}
+        tight = min(few, key=few.get)
+        why = f"；不同的{kinds[tight]}只有 {few[tight]} 个，{'同组' if tight == 'group' else '相同'}的不能同批" if few[tight] < self.batch_size * self.world_size else ""
+        if why and tight == "group": why += "：group 应当是款号，不是大类；去掉 group，或改用按组取批（batch_sampler=grouped）"
+        return f"{len(self.records)} 条记录凑不出一批 {self.batch_size} 条互不重复的{ranks}{why}；能用的最大 batch_size 是 {self.largest // self.world_size}"
 
 # %% ../../nbs/15_data.sample.ipynb #a60a7c5b
 def _nth(x):
@@ -263,7 +273,7 @@ class GroupedBatches(Batches):
         "一批也凑不出时说的话。"
         if (self.ids.group < 0).all(): return f"{len(self.records)} 条记录都没有 group（类别或商品号），不能按组取批；在数据里加上 group 这一列"
         ranks = f"（{self.world_size} 个进程合起来 {self.groups * self.world_size} 组）" if self.world_size > 1 else ""
-        return f"凑不出一批 {self.groups} 组 × {self.members} 条{ranks}：只有 {self.enough} 组够 {self.members} 条；groups 最大 {self.largest // self.world_size}，或把 members 调小"
+        return f"凑不出一批 {self.groups} 组 × {self.members} 条{ranks}：只有 {self.enough} 组够 {self.members} 条；至多 {self.largest // self.world_size} 组，也就是 batch_size 至多 {self.largest // self.world_size * self.members}，或把每组的条数（members，配置里是 samples_per_group）调小"
 
 # %% ../../nbs/15_data.sample.ipynb #79ee3125
 class Joined(Sequence):
@@ -299,12 +309,12 @@ class MixedBatches(Batches):
         stop: str = "first",  # "first"：一个来源走完就停；"all"：全部走完才停，先走完的重来
         seed: int = 42,  # 决定先后的种子
     ):
-        if not sources: raise VembedError("没有来源；sources 要是 {名字: 采样器}")
+        if not isinstance(sources, dict) or not sources or not all(isinstance(s, Batches) for s in sources.values()): raise VembedError(f"sources 要是 {{名字: 采样器}}，至少一个，这里是 {one_line(sources)}")
         if stop not in ("first", "all"): raise VembedError(f"stop={stop!r} 不行；只能是 first（一个来源走完就停）或 all（全部走完才停）")
-        if weights is not None and (set(weights) != set(sources) or not all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights.values())):
+        if weights is not None and (not isinstance(weights, dict) or set(weights) != set(sources) or not all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights.values())):
             raise VembedError(f"weights={weights} 不行：每个来源（{'、'.join(sources)}）要恰好有一个正数")
         if len({(s.rank, s.world_size) for s in sources.values()}) > 1: raise VembedError(f"各来源的 rank 和 world_size 要一致，这里是 { {n: (s.rank, s.world_size) for n, s in sources.items()} }")
-        self.sources, self.stop, self.seed = dict(sources), stop, _whole("seed", seed, 0)
+        self.sources, self.stop, self.seed = dict(sources), stop, _whole("seed", seed, 0, None)
         self.weights = None if weights is None else {n: float(weights[n]) for n in sources}
         self.records = Joined(s.records for s in sources.values())
         self.rank, self.world_size = next((s.rank, s.world_size) for s in sources.values())
@@ -362,6 +372,7 @@ class LengthGroupedBatches(NoDuplicateBatches):
     ):
         self.window = _whole("window", window)
         self.lengths = lengths_of(records) if lengths is None else np.asarray(lengths)
+        if self.lengths.ndim != 1 or self.lengths.dtype.kind not in "iuf" or not np.isfinite(self.lengths).all(): raise VembedError(f"lengths 要是一列数，每条记录一个，这里是 {one_line(lengths)}")
         if len(self.lengths) != len(records): raise VembedError(f"lengths 有 {len(self.lengths)} 个，记录有 {len(records)} 条；要一一对应")
         self._open(records, batch_size, seed, True, rank, world_size, window=self.window, lengths=hashlib.blake2b(np.ascontiguousarray(self.lengths, "<f8").tobytes(), digest_size=8).hexdigest())
 

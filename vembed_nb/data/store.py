@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core import VembedError, atomic_file
-from .tasks import MODES, Item, Record, embed_picture, mode_of
+from .tasks import MODES, Item, Record, embed_picture, mode_of, one_line
 
 # %% ../../nbs/11_data.store.ipynb #82beb7b1
 _PICTURES = pa.list_(pa.struct([("image", pa.string()), ("bytes", pa.binary())]))
@@ -27,7 +27,7 @@ _ITEM = pa.struct([("text", pa.string()), ("image", pa.string()), ("bytes", pa.b
 SCHEMA = pa.schema([("query", _ITEM), ("positives", pa.list_(_ITEM)), ("negatives", pa.list_(_ITEM)), ("group", pa.string()), ("mode", pa.uint8()), ("file", pa.int32()), ("line", pa.int64())])
 FORMAT = 1  # 表的样子变了就加一
 MODE_NAMES = tuple(MODES)
-_WHERE = re.compile(r"(.*?) 第 (\d+) (行|条)", re.S)
+_WHERE = re.compile(r"(.*?) 第 ([1-9]\d{0,17}) (行|条)", re.S)
 
 def picture_bytes(
     im,  # PIL.Image
@@ -121,7 +121,7 @@ def keys_of(
 def _names(column):
     "结构列 → id 的列（与 `Item.key` 相同）。"
     text, image, _, _, named = column.flatten()
-    plain = text if image.null_count == len(image) else image if text.null_count == len(text) else pc.binary_join_element_wise(image, text, "\t", null_handling="skip")
+    plain = text if image.null_count == len(image) else image if text.null_count == len(text) else pc.coalesce(pc.binary_join_element_wise(image, text, "\t"), image, text)
     return plain if named.null_count == len(named) else pc.coalesce(named, plain)
 
 def _codes(chunks):
@@ -142,7 +142,9 @@ class _Writer:
         self.rows, self.size = [], 0
 
     def add(self, record):
+        if not isinstance(record, Record): raise VembedError(f"第 {self.n + len(self.rows) + 1} 条是 {type(record).__name__}，要是 Record；dict 用 read_records 来读")
         mode = mode_of(record)
+        if len(record.positive_ids) != len(record.positives) or len(record.negative_ids) != len(record.negatives): raise VembedError(f"{record.where or '这条记录'}：文档和它们的 id 不一样多；两者要一一对应")
         self.modes[mode] += 1
         m = _WHERE.fullmatch(record.where)
         name, line = (f"{m[1]} 第 \0 {m[3]}", int(m[2])) if m else (record.where, -1)
@@ -152,17 +154,21 @@ class _Writer:
 
     def flush(self):
         if not self.rows: return
+        try: self.out.write_batch(self._batch())
+        except (pa.ArrowException, TypeError, UnicodeEncodeError) as e: raise VembedError(f"第 {self.n + 1}–{self.n + len(self.rows)} 条记录里有存不下的值（{one_line(e, 120)}）；文字和 id 要是 str，图要是路径或 PIL.Image") from e
+        self.n, self.rows, self.size = self.n + len(self.rows), [], 0
+
+    def _batch(self):
         records, modes, files, lines = zip(*self.rows)
         columns = [_pack([r.query for r in records], [r.query_id for r in records]), _pack_lists([r.positives for r in records], [r.positive_ids for r in records]),
                    _pack_lists([r.negatives for r in records], [r.negative_ids for r in records]), pa.array([r.group or None for r in records], pa.string()),
                    *(pa.array(x, t) for x, t in ((modes, pa.uint8()), (files, pa.int32()), (lines, pa.int64())))]
-        self.out.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-        self.n, self.rows, self.size = self.n + len(records), [], 0
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def close(self, **notes):
         self.flush()
         meta = dict(format=FORMAT, records=self.n, modes={k: v for k, v in self.modes.items() if v}, files=list(self.files), **notes)
-        self.out.write_batch(pa.RecordBatch.from_pylist([], schema=SCHEMA), custom_metadata={"vembed": json.dumps(meta, ensure_ascii=False)})
+        self.out.write_batch(pa.RecordBatch.from_pylist([], schema=SCHEMA), custom_metadata={"vembed": json.dumps(meta)})  # 全是 ASCII：文件名可以是任何字节
         self.out.close()
 
 # %% ../../nbs/11_data.store.ipynb #ab047a89
@@ -172,41 +178,31 @@ class Store:
         source,  # 文件路径，或 `pa.Buffer`（在内存里）
     ):
         self.source = source if isinstance(source, pa.Buffer) else str(source)
+        if isinstance(self.source, str) and not os.path.isfile(self.source): raise VembedError(f"没有文件 {one_line(self.source, 300)}，或者它不是普通文件")
+        broken = f"{self._name} 不是完整的记录仓库，多半是写到一半断了，或者坏了；删掉它再建一次"
         try:
             self.reader = pa.ipc.open_file(source if isinstance(source, pa.Buffer) else pa.memory_map(self.source))
             last = self.reader.get_batch_with_custom_metadata(self.reader.num_record_batches - 1)
             self.meta = json.loads((last.custom_metadata or {})[b"vembed"])
-        except FileNotFoundError as e: raise VembedError(f"没有文件 {self.source}") from e
-        except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as e: raise VembedError(f"{self._name} 不是完整的记录仓库，多半是写到一半断了；删掉它再建一次") from e
-        if self.meta.get("format") != FORMAT or not self.reader.schema.equals(SCHEMA): raise VembedError(f"{self._name} 是另一个版本写的（格式 {self.meta.get('format')}，现在是 {FORMAT}）；删掉它再建一次")
-        self.batches = [self.reader.get_batch(i) for i in range(self.reader.num_record_batches - 1)]
-        self.starts = np.cumsum([0, *(b.num_rows for b in self.batches)])
+            version = self.meta["format"]
+        except Exception as e: raise VembedError(broken) from e  # 坏字节能引出什么错，数不完
+        if version != FORMAT or not self.reader.schema.equals(SCHEMA): raise VembedError(f"{self._name} 是另一个版本写的（格式 {one_line(version)}，现在是 {FORMAT}）；删掉它再建一次")
+        try:
+            self.batches = [self.reader.get_batch(i) for i in range(self.reader.num_record_batches - 1)]
+            self.starts = np.cumsum([0, *(b.num_rows for b in self.batches)])
+            whole = self.meta["records"] == len(self) and all(isinstance(n, str) for n in self.meta["files"]) and all(map(self._sound, self.batches))
+        except Exception as e: raise VembedError(broken) from e
+        if not whole: raise VembedError(broken)
+
+    def _sound(self, batch):
+        "一块里的每一处都指得到：偏移不出界，文字是 UTF-8，文件的序号有名字，任务的序号认得。"
+        batch.validate(full=True)
+        modes, files = batch.column(4), batch.column(5)
+        lowest, highest = (f(files).as_py() or 0 for f in (pc.min, pc.max))
+        return 0 <= lowest and highest < len(self.meta["files"]) and (pc.max(modes).as_py() or 0) < len(MODE_NAMES) and not modes.null_count + files.null_count
 
     @property
-    def _name(self): return "内存里的一块" if isinstance(self.source, pa.Buffer) else Path(self.source).name
-
-    @classmethod
-    def open(cls,
-        path,  # `build` 写的文件
-    ):  # Store
-        "映射一个文件。不存在、不完整、版本不同，抛 `VembedError`。"
-        return cls(path)
-
-    @classmethod
-    def build(cls,
-        records,  # Record 的可迭代对象，可以是生成器
-        path=None,  # 文件；None 表示放在内存里
-        **notes,  # 一起存下来的说明，能变成 JSON
-    ):  # Store
-        "边来边写，内存不随条数长；写完才换上去，中途出错时 `path` 原样不动。"
-        sink = pa.BufferOutputStream() if path is None else None
-        if sink is not None:
-            _fill(_Writer(sink), records, notes)
-            return cls(sink.getvalue())
-        try:
-            with atomic_file(path) as f: _fill(_Writer(f), records, notes)
-        except OSError as e: raise VembedError(f"写不下 {Path(path).name}：{e.strerror or e}；换一个有空间的地方（环境变量 VEMBED_CACHE）") from e
-        return cls(path)
+    def _name(self): return "内存里的一块" if isinstance(self.source, pa.Buffer) else one_line(Path(self.source).name, 100)
 
     def __len__(self): return int(self.starts[-1])
     def __getstate__(self): return {"source": self.source.to_pybytes() if isinstance(self.source, pa.Buffer) else self.source}
@@ -221,10 +217,36 @@ class Store:
 
     def __iter__(self): return self.span(0, len(self))
 
+# %% ../../nbs/11_data.store.ipynb #9bf205e2
 def _fill(writer, records, notes):
     "把记录全写进去。"
     for r in records: writer.add(r)
     writer.close(**notes)
+
+@classmethod
+def _open(cls,
+    path,  # `build` 写的文件
+):  # Store
+    "映射一个文件。不存在、不完整、版本不同，抛 `VembedError`。"
+    return cls(path)
+
+@classmethod
+def _build(cls,
+    records,  # Record 的可迭代对象，可以是生成器
+    path=None,  # 文件；None 表示放在内存里
+    **notes,  # 一起存下来的说明，能变成 JSON
+):  # Store
+    "边来边写，内存不随条数长；写完才换上去，中途出错时 `path` 原样不动。"
+    sink = pa.BufferOutputStream() if path is None else None
+    if sink is not None:
+        _fill(_Writer(sink), records, notes)
+        return cls(sink.getvalue())
+    try:
+        with atomic_file(path) as f: _fill(_Writer(f), records, notes)
+    except OSError as e: raise VembedError(f"写不下 {one_line(Path(path).name, 100)}：{e.strerror or e}；换一个有空间的地方（环境变量 VEMBED_CACHE）") from e
+    return cls(path)
+
+Store.open, Store.build = _open, _build
 
 # %% ../../nbs/11_data.store.ipynb #0d51ae48
 def _records(self: Store, batch):

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core import VembedError, did_you_mean, progress, write_json
 from ..data.batch import Inputs
 from ..data.images import open_image
-from ..data.tasks import Item, as_item
+from ..data.tasks import Item, as_item, picture_id
 from ..vectors import POOLINGS, Embeddings, truncate
 
 # %% ../../nbs/20_models.base.ipynb #6c04989b
@@ -139,6 +139,7 @@ def eval_mode(
 # %% ../../nbs/20_models.base.ipynb #03c94fd7
 CAN = {"text": "只有文字的样本", "image": "只有图的样本", "both": "图加文字的样本", "images": "一个样本几张图", "multi_vector": "每个 token 一个向量", "layers": "较浅各层的向量"}
 
+# %% ../../nbs/20_models.base.ipynb #b7158d9d
 class Encoder(nn.Module):
     "编码器的约定。子类提供 `open`、`preprocess`、`forward`、`save_model` 和 `card`；权重在 `model` 里。"
     family = ""  # 家族的名字
@@ -300,8 +301,12 @@ def content_keys(
 ) -> list:  # 每个样本一个可以当字典的键
     "内容相同的样本得到同样的键：路径按路径，打开了的图按像素（先比缩略图，缩略图相同的再比全部像素）。"
     plain = lambda i: i.mode in ("RGB", "L") and "transparency" not in i.info and i.getexif().get(0x0112, 1) == 1  # 调色板、透明、方向不写在像素里，这样的图只认是不是同一个对象
-    small = lambda i: i if isinstance(i, str) else (i.mode, i.size, i.resize((8, 8), 0).tobytes()) if plain(i) else id(i)
-    full = lambda i: hashlib.blake2b(i.tobytes(), digest_size=16).digest() if not isinstance(i, str) and plain(i) else None
+    def small(i):
+        if isinstance(i, str): return i
+        if hasattr(i, "encoded"): return picture_id(i)  # 嵌在数据里的图：文件的字节
+        try: return (i.mode, i.size, i.resize((8, 8), 0).tobytes()) if plain(i) else id(i)
+        except (OSError, SyntaxError): return id(i)  # 解不开：留给 open_image 去说
+    full = lambda i: hashlib.blake2b(i.tobytes(), digest_size=16).digest() if not isinstance(i, str) and not hasattr(i, "encoded") and plain(i) else None
     keys = [(i.text, tuple(map(small, i.images))) for i in items]
     seen = Counter(keys)
     return [(k, tuple(map(full, i.images))) if seen[k] > 1 and i.images else k for k, i in zip(keys, items)]
