@@ -512,7 +512,7 @@ class Stuck(BaseException): "不是 Exception：被测的代码接不住。"
 def guarded(tmp_path, monkeypatch):
     "缓存在临时文件夹里；不上网；卡住就停。"
     monkeypatch.setenv("VEMBED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VEMBED_CACHE_GB", raising=False)
+    monkeypatch.setenv("VEMBED_CACHE_GB", "20")  # 有的情形会改它；这样结束时才还得回去
     monkeypatch.setattr(read.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setattr(read, "_SAID", set())
     def never(*a, **k): raise AssertionError("要上网")

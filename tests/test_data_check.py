@@ -428,7 +428,7 @@ def test_cli_check(cli, shop):
     assert cli("data", "check", shop / "clean/a.jsonl").code == 0
     one_line(cli("data", "check", shop / "a.jsonl", "--fix", shop / "clean"), "clean", "--overwrite")
     r = cli("data", "check", shop / "a.jsonl", "--fix", shop / "clean", "--overwrite")
-    assert r.code == 0 and "读到 3 行 = 留下 2 行（其中 1 行去掉了一部分）+ 隔离 1 行" in r.out and f"--image-root {shop}" in r.out
+    assert r.code == 0 and "读到 3 行 = 留下 2 行（其中 1 行去掉了一部分）+ 隔离 1 行" in r.out and f"vembed train --data {shop}" in r.out
 
 
 def test_cli_strict_and_against(cli, shop):

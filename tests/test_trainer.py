@@ -115,8 +115,7 @@ def training(kw, pause):
     "在子进程里用命令行训练，停在第 pause 步。"
     p = subprocess.Popen([sys.executable, "-c", SCRIPT.replace("PAUSE", str(pause)), "train", *[f"{k}={v}" for k, v in kw.items()]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        first = p.stdout.readline()
-        assert "READY" in first, p.communicate()
+        while "READY" not in (line := p.stdout.readline()): assert line, p.communicate()
         yield p
     finally:
         p.kill()

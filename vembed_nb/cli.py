@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
            'export_command', 'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside',
-           'own_options', 'aligned', 'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
+           'own_options', 'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
@@ -239,7 +239,7 @@ def data_check(path: str = typer.Argument(..., help="数据：文件、文件夹
     if plot and not Path(plot).resolve().parent.is_dir(): raise VembedError(f"--plot {plot}：没有文件夹 {Path(plot).parent}；先建好它")
     report = check(path, image_root, columns, against, images)
     done = write_clean(path, fix, report, columns, overwrite) if fix else None
-    print(json.dumps(report.to_dict() | ({"fix": done} if done else {}), ensure_ascii=False, indent=2) if as_json else aligned(report._repr_markdown_()))
+    print(json.dumps(report.to_dict() | ({"fix": done} if done else {}), ensure_ascii=False, indent=2) if as_json else str(report))
     if plot:
         report.plot(plot)
         if not as_json: print(f"\n图在 {plot}")
@@ -249,8 +249,7 @@ def data_check(path: str = typer.Argument(..., help="数据：文件、文件夹
 
 def _refuse(report, strict):
     "训练会拒绝的，体检也以错误结束。"
-    if report.bad_rows: raise VembedError(f"{report.bad[0]['reason']}（一共 {report.bad_rows} 行不合格；--fix 文件夹 写一份干净的）")
-    if len(report.broken) > report.images / 2: raise VembedError(f"{report.images} 张图里 {len(report.broken)} 张打不开，第一张：{next(iter(report.broken.values()))}；多半是 --image-root 不对")
+    if why := report.refused: raise VembedError(why)
     if strict and report.broken: raise VembedError(f"{len(report.broken)} 张图有问题，第一张：{next(iter(report.broken.values()))}")
     if strict and report.leaked: raise VembedError(f"{len(report.leaked)} 张图泄漏到测试，第一张：{next(iter(report.leaked))} {next(iter(report.leaked.values()))}")
 
@@ -305,6 +304,7 @@ def facts_beside(
         if isinstance(facts, dict) and (place == folder or facts.get("reverse") == folder.name): return facts
     return {}
 
+# %% ../nbs/98_cli.ipynb #ac326214
 def own_options(
     name: str,  # 数据集的名字
     pairs,  # ["键=值"]
@@ -322,24 +322,7 @@ def own_options(
         except (KeyError, ValueError): raise VembedError(f"--option {pair!r} 不行：{key} 要{'是 true 或 false' if kind is bool else '是数'}（默认 {known[key].default!r}）") from None
     return out
 
-def aligned(
-    text: str,  # Markdown
-) -> str:
-    "终端里看的：Markdown 的表变成对齐的列（一个汉字占两格），别的行不动。"
-    import unicodedata
-    wide = lambda s: sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in s)
-    out, table = [], []
-    for line in [*text.splitlines(), ""]:
-        cells = [c.strip() for c in line.strip().strip("|").split(" | ")] if line.startswith("|") else None
-        if cells and not set(line) <= set("|-: "): table.append(cells)
-        elif cells is None:
-            widths = [max(wide(r[i]) for r in table if i < len(r)) for i in range(max(map(len, table), default=0))]
-            out += ["  ".join(c + " " * (w - wide(c)) for c, w in zip(r, widths)).rstrip() for r in table]
-            table = []
-            out.append(line)
-    return "\n".join(out).rstrip().replace("`", "")
-
-# %% ../nbs/98_cli.ipynb #01ae49cf
+# %% ../nbs/98_cli.ipynb #c503cd26
 @data_app.command("table")
 def data_table(table: str = typer.Argument(..., help="一张表：.csv/.tsv/.jsonl，每行一张图和一句描述"), out: str = opt(..., "输出文件夹", "--out"), image_root: str = opt("", "图片根目录；默认是表所在的文件夹", "--image-root"),
                text: str = opt("text", "描述的列名", "--text"), image: str = opt("image", "图片路径的列名", "--image"), group: str = opt("", "分组的列名（款号），一组只进一边", "--group"), test: float = opt(0.2, "测试占几成", "--test"),
@@ -347,7 +330,7 @@ def data_table(table: str = typer.Argument(..., help="一张表：.csv/.tsv/.jso
     "把你自己的图片文件夹和一张表变成数据集：训练、验证、测试、图库、标准答案。"
     from vembed_nb.data.table import from_table
     s = from_table(table, out, image_root, text, image, group, test, val, seed, strict, overwrite)
-    print("；".join(f"{k} {v['records']} 条 {v['images']} 图" for k, v in s["counts"].items()) + f"；坏图 {len(s['broken'])} 张" + (f"；{s['joined']} 组因为图相同或近重复，与别的组放在同一边" if s["joined"] else "") + f"\n接着：vembed train --data {out}/train.jsonl --val {out}/val.jsonl --image-root {image_root or Path(table).parent} --out mymodel")
+    print("；".join(f"{k} {v['records']} 条 {v['images']} 图" for k, v in s["counts"].items()) + f"；坏图 {len(s['broken'])} 张" + (f"；{s['joined']} 组因为图相同或近重复，与别的组放在同一边" if s["joined"] else "") + f"\n接着：vembed train --data {out}/train.jsonl --val {out}/val.jsonl --out mymodel")
 
 @data_app.command("emoji")
 def data_emoji(src: str = opt(".", "装着 node_modules 的文件夹", "--src"), out: str = opt("emoji", "输出文件夹", "--out")):

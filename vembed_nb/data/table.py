@@ -67,6 +67,7 @@ def from_table(
     write_json(out/"table.json", summary)
     return summary
 
+# %% ../../nbs/18_data.table.ipynb #ce5a055f
 def _join(rows, pictures):
     "图相同或近重复的组并成一家；返回并掉了几组。"
     copies, unique, pairs = alike(pictures)
@@ -82,6 +83,7 @@ def _join(rows, pictures):
     for r in rows: r["group"] = find(r["group"])
     return before - len({r["group"] for r in rows})
 
+# %% ../../nbs/18_data.table.ipynb #7f4e5d97
 def _table_row(where, row, text, image, group):
     "一行里的描述、图片和组。"
     for what, col in (("描述", text), ("图片", image)):
