@@ -118,6 +118,116 @@ def test_faiss_index(cli, trained, toyshop, tmp_path, kind):
     assert search(tmp_path / "i") == search(trained / "index")
 
 
+@pytest.fixture(scope="module")
+def priced(toyshop, tmp_path_factory):
+    "带价格和类别的图库。"
+    rows = [json.loads(line) for line in (toyshop / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = tmp_path_factory.mktemp("priced") / "cat.jsonl"
+    write_jsonl(path, [{**r, "price": 10 * i, "category": "杯子" if i % 2 else "鞋"} for i, r in enumerate(rows)])
+    return path
+
+
+def indexed(cli, trained, toyshop, priced, out, *options):
+    r = cli("index", "--model", trained / "model", "--data", priced, "--image-root", toyshop, "--out", out, *options)
+    assert r.code == 0, r.err
+    return r
+
+
+@pytest.mark.parametrize("options", [[], ["--kind", "HNSW16"], ["--kind", "IVF4,Flat", "--params", "nprobe=4"], ["--precision", "int8", "--rescore", "float32", "--oversample", "40"], ["--kind", "milvus"]], ids=lambda o: " ".join(o) or "flat")
+def test_every_kind_of_index_filters_the_same(cli, trained, toyshop, priced, tmp_path, options):
+    "各种索引，同样的条件，同样的结果；index-info 认得它们。"
+    if options[-1:] == ["milvus"]:
+        pytest.importorskip("milvus_lite")
+        options = ["--kind", f"milvus:{tmp_path / 'm.db'}"]
+    indexed(cli, trained, toyshop, priced, tmp_path / "flat")
+    indexed(cli, trained, toyshop, priced, tmp_path / "i", *options)
+    where = '{"price": {"<": 200}, "category": "杯子"}'
+    found = [json.loads(cli("search", "红色的杯子", "--index", tmp_path / x, "-k", "5", "--where", where, "--json").out)["hits"] for x in ("flat", "i")]
+    assert [h["id"] for h in found[0]] == [h["id"] for h in found[1]] and len(found[0]) == 5
+    assert all(h["price"] < 200 and h["category"] == "杯子" for h in found[1])
+    facts = json.loads(cli("index-info", tmp_path / "i", "--json").out)
+    assert (facts["现在有"], facts["维数"]) == (40, 16) and facts["字节"] > 0
+
+
+def test_tuned_index(cli, trained, toyshop, priced, tmp_path):
+    r = indexed(cli, trained, toyshop, priced, tmp_path / "i", "--kind", "IVF4,Flat", "--recall", "0.99")
+    nprobe = int(re.search(r"nprobe=(\d+)", r.out)[1])
+    assert json.loads(cli("index-info", tmp_path / "i", "--json").out)["params"] == {"nprobe": nprobe}
+
+
+def test_compact_takes_the_log_in(cli, trained, toyshop, priced, tmp_path):
+    from vembed_nb import VectorIndex
+
+    indexed(cli, trained, toyshop, priced, tmp_path / "i")
+    with VectorIndex.open(tmp_path / "i", writable=True) as index:
+        first = next(iter(index))
+        index.delete([first])
+        sentence(cli("index-compact", tmp_path / "i"), "别的进程")
+    before = json.loads(cli("index-info", tmp_path / "i", "--json", "--verify").out)
+    assert (before["现在有"], before["上次存的时候"], before["没整理的改动"]) == (39, 40, 1)
+    assert cli("index-compact", tmp_path / "i").code == 0
+    after = json.loads(cli("index-info", tmp_path / "i", "--json", "--verify").out)
+    assert (after["现在有"], after["上次存的时候"], after["没整理的改动"], after["第几代"]) == (39, 39, 0, 2)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--pool", "2"], ["pool", "用不上"]), (["--rescore", "float16"], ["rescore", "precision"]), (["--precision", "int8", "--kind", "HNSW16"], ["kind", "用不上"]), (["--precision", "int4"], ["int4", "int8"]),
+    (["--params", "nprobe"], ["nprobe", "整数"]), (["--recall", "0.9"], ["recall", "IVF"]), (["--kind", "HSNW32"], ["HSNW32"]), (["--metric", "cos"], ["cos", "cosine"])], ids=lambda x: " ".join(x))
+def test_bad_index_options(cli, trained, toyshop, priced, tmp_path, options, words):
+    sentence(cli("index", "--model", trained / "model", "--data", priced, "--image-root", toyshop, "--out", tmp_path / "i", *options), *words)
+    assert not (tmp_path / "i/manifest.json").exists()
+
+
+@pytest.mark.parametrize("options, words", [(["--where", "{"], ["--where", "JSON"]), (["--where", '{"prise": 1}'], ["prise", "没有"]), (["--where", '{"id": {"~": 1}}'], ["~"]), (["--candidates", "5"], ["--rerank"]), (["--rerank", "tiny-rerankr"], ["tiny-rerankr"])], ids=lambda x: " ".join(x))
+def test_bad_search_options(cli, trained, options, words):
+    sentence(cli("search", "红色的杯子", "--index", trained / "index", *options), *words)
+
+
+def test_compare_two_models(cli, trained, toyshop, micro, tmp_path):
+    "逐个查询地比；存下的报告拿来再比，数字相同，不用数据。"
+    test = ("--data", toyshop / "test.jsonl", "--image-root", toyshop)
+    r = cli("eval", *test, "--model", micro, "--compare", trained / "model", "--save", tmp_path / "before.json", "--plot", tmp_path / "c.png", "--by", "language", "--json", tmp_path / "m.json")
+    assert r.code == 0, r.err
+    assert "变好" in r.out and "| hit@1 |" in r.out and "| 汉字 |" in r.out and (tmp_path / "c.png").stat().st_size > 5000
+    assert cli("eval", *test, "--model", trained / "model", "--save", tmp_path / "after.json").code == 0
+    again = cli("eval", "--model", tmp_path / "before.json", "--compare", tmp_path / "after.json", "--json", tmp_path / "n.json")
+    assert again.code == 0, again.err
+    a, b = (json.loads((tmp_path / f"{x}.json").read_text(encoding="utf-8"))["compare"][0] for x in "mn")
+    assert a["mrr"] == b["mrr"] and a["hit@1"] == b["hit@1"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--by", "colour"], ["colour", "language"]), (["--ties", "best?"], ["best?", "order"]), (["--plot", "x.png"], ["--compare"]), (["--compare", "tiny-clop"], ["tiny-clop", "tiny-clip"]), (["--save", "没有/a.json"], ["没有", "文件夹"]),
+    (["--compare", "没有.json"], ["没有.json"]), (["--qrels", "没有.tsv"], ["没有.tsv"]), (["--compare", "tiny-clip"], ["重复"])], ids=lambda x: " ".join(x))
+def test_bad_eval_options(cli, toyshop, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    sentence(cli("eval", "--data", toyshop / "test.jsonl", "--image-root", toyshop, "--model", "tiny-clip", *options), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reports_of_other_queries_are_not_compared(cli, trained, toyshop, tmp_path):
+    lines = (toyshop / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "half.jsonl").write_text("\n".join(lines[:10]), encoding="utf-8")
+    for name, data in (("a", toyshop / "test.jsonl"), ("b", tmp_path / "half.jsonl")):
+        assert cli("eval", "--data", data, "--image-root", toyshop, "--corpus", toyshop / "corpus.jsonl", "--model", trained / "model", "--save", tmp_path / f"{name}.json").code == 0
+    sentence(cli("eval", "--model", tmp_path / "a.json", "--compare", tmp_path / "b.json"), "查询不同")
+
+
+def test_pareto(cli, trained, toyshop, tmp_path):
+    r = cli("pareto", "--data", toyshop / "test.jsonl", "--image-root", toyshop, "--model", trained / "model", "--dims", "16,8", "--precisions", "float32,binary", "--rescores", "none,int8", "--out", tmp_path / "p")
+    assert r.code == 0, r.err
+    rows = json.loads((tmp_path / "p/pareto.json").read_text(encoding="utf-8"))["rows"]
+    assert {(r["dim"], r["precision"]) for r in rows} == {(16, "float32"), (16, "binary"), (8, "float32"), (8, "binary")} and (tmp_path / "p/pareto.png").exists()
+    sentence(cli("pareto", "--data", toyshop / "test.jsonl", "--model", trained / "model", "--dims", "一半"), "一半", "整数")
+
+
+def test_serve_says_what_is_missing(cli, tmp_path):
+    sentence(cli("serve"), "--index")
+    sentence(cli("serve", "--index", tmp_path / "no"), "不是索引")
+    sentence(cli("serve", "--index", tmp_path / "no", "max_bach=3"), "max_bach", "max_batch")
+    sentence(cli("serve", "--index", tmp_path / "no", "快"), "键=值")
+
+
 def test_encode_texts_and_pictures(cli, trained, toyshop, tmp_path, monkeypatch):
     "文字和图片混在一起；图片写相对路径或绝对路径都行。"
     picture = next((toyshop / "images").rglob("*.jpg"))
@@ -188,7 +298,7 @@ def test_doctor(cli):
     assert "torch" in cli("doctor").out
 
 
-HELP = ["quickstart", "train", "eval", "encode", "index", "search", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data list", "data prepare", "data cache", "data table", "data emoji"]
+HELP = ["quickstart", "train", "eval", "encode", "index", "search", "index-info", "index-compact", "pareto", "serve", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data list", "data prepare", "data cache", "data table", "data emoji"]
 
 
 @pytest.mark.parametrize("command", HELP)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
-           'export_command', 'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside',
-           'own_options', 'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
+           'index_info', 'index_compact', 'pareto_command', 'serve_command', 'export_command', 'data_toyshop',
+           'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside', 'own_options', 'data_table',
+           'data_emoji', 'doctor_command', 'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
@@ -116,31 +117,75 @@ def _say_bad(bad):
     "坏图跳过了几张，说出来。"
     if bad: print(f"跳过 {len(bad)} 张坏图，第一张：{next(iter(bad.values()))}", file=sys.stderr)
 
-@app.command("eval")
-def eval_command(data: str = opt(..., "测试数据", "--data"), model: str = opt("tiny-clip", "模型", "--model"), image_root: str = opt("", "图片根目录", "--image-root"),
-                 corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"), json_path: str = opt("", "把指标写成 JSON", "--json"),
-                 batch_size: int = opt(128, "每批几个", "--batch-size"), strict: bool = opt(False, "遇到坏图就报错，而不是丢掉", "--strict")):
-    "评测一个模型：hit@K、recall@K、MRR、NDCG，带 95 % 区间。"
+def _test_set(data, columns, image_root, corpus, strict):
+    "评测用的东西：(记录, 图库, 图片根目录, dataset.json, 坏图)。"
     from vembed_nb.data.check import drop_broken, drop_broken_corpus, root_of
     from vembed_nb.data.read import parse_columns, read_records
     records, root = read_records(data, parse_columns(columns)), root_of(data, image_root)
     gallery = _corpus_for(data, corpus, root)
     records, bad = drop_broken(records, root, strict)
     if gallery: gallery, more = drop_broken_corpus(gallery, root, strict)
-    bad |= more if gallery else {}
-    from vembed_nb.core import write_json
-    from vembed_nb.evaluate.report import SHOWN, evaluate_encoder
-    from vembed_nb.models.load import load_encoder
-    facts = facts_beside(data)
-    ks = sorted({int(k) for m in facts.get("metrics", ()) for k in re.findall(r"@(\d+)", m)})
-    report = evaluate_encoder(load_encoder(model), records, gallery, root, batch_size, name=model, mask_self=facts.get("mask_self", True), ks=ks)
-    shown = [*SHOWN, *(m for m in report.metrics if m.split("@")[0] in ("hit", "recall", "ndcg") and int(m.split("@")[1]) in ks and m not in SHOWN)]
-    _say_bad(bad)
-    if facts.get("protocol"): print(f"协议：{facts['protocol']}（{'排除' if facts.get('mask_self', True) else '不排除'}查询自己的图）")
-    print(f"{report.n_queries} 个查询，图库 {report.n_corpus}" + ("" if corpus or not gallery else "（用了数据旁边的 corpus.jsonl；不想用它：--corpus none）"))
-    for k in shown: print(f"{k:10} {report.metrics[k]:.3f}   [{report.ci[k][0]:.3f}, {report.ci[k][1]:.3f}]")
-    if json_path: write_json(json_path, {**{k: report.metrics[k] for k in SHOWN}, **report.to_dict()})
+    return records, gallery, root, facts_beside(data), bad | (more if gallery else {})
 
+def _reports(names, test, ks, batch_size, qrels, ties):
+    "每个名字一份成绩单：评测这个模型，或读 --save 存下的 .json。名字先全部看一遍，免得评测了半天才说第二个写错了。"
+    from vembed_nb.evaluate.report import evaluate_encoder, load_report
+    from vembed_nb.models.load import load_encoder, resolve_model
+    saved = {m: load_report(m) if m.endswith(".json") else resolve_model(m) and None for m in names}
+    if not test:
+        if need := [m for m in names if not saved[m]]: raise VembedError(f"评测 {need[0]} 要有测试数据：--data test.jsonl")
+        return list(saved.values())
+    records, gallery, root, facts, _ = test
+    for m in names: saved[m] = saved[m] or evaluate_encoder(load_encoder(m), records, gallery, root, batch_size, name=m, mask_self=facts.get("mask_self", True), ks=ks, qrels=qrels or None, ties=ties)
+    for r in saved.values(): r.records = records if r.query_ids == [x.query_id for x in records] else r.records
+    return list(saved.values())
+
+def _print_comparison(both):
+    "对照表，和变得最多的查询。"
+    print(both)
+    for n, r in enumerate(both.reports[1:], 1):
+        better, worse = both.wins(10**9, other=n), both.losses(10**9, other=n)
+        print(f"\n{r.name}：{len(better)} 个查询变好，{len(worse)} 个变坏")
+        for what, rows in (("变好", better[:3]), ("变坏", worse[:3])):
+            for w in rows: print(f"  {what}  第 {w['before']:.0f} 名 → 第 {w['after']:.0f} 名  {w['query'][:60]}")
+
+# %% ../nbs/98_cli.ipynb #ddfa149f
+@app.command("eval", short_help="评测一个模型，或逐个查询地比几个，带 95 % 区间。")
+def eval_command(data: str = opt("", "测试数据；全部是存下的报告时不用", "--data"), model: str = opt("tiny-clip", "模型；也可以是 --save 存下的报告 .json", "--model"), compare: list[str] = opt([], "再评测这个模型（或存下的报告 .json），逐个查询地与 --model 比；可以写几次", "--compare"),
+                 image_root: str = opt("", "图片根目录", "--image-root"), corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"),
+                 qrels: str = opt("", "分等级的标准答案：TREC qrels 或 qrels.tsv；默认用数据里的正例", "--qrels"), ties: str = opt("order", "同分怎么排：order、worst、best、mean", "--ties"), by: list[str] = opt([], "按 language、length 或 group 切片；可以写几次", "--by"),
+                 json_path: str = opt("", "把指标写成 JSON", "--json"), save: str = opt("", "连同每个查询的名次存成 JSON，以后可以 --compare 它", "--save"), plot: str = opt("", "把对照画成 PNG（要有 --compare）", "--plot"),
+                 batch_size: int = opt(128, "每批几个", "--batch-size"), strict: bool = opt(False, "遇到坏图就报错，而不是丢掉", "--strict")):
+    "评测一个模型：hit@K、recall@K、MRR、NDCG，带 95 % 区间；或比较几个：差多少，差得真不真，哪些查询变了。"
+    from vembed_nb.core import write_json
+    from vembed_nb.evaluate.metrics import TIES
+    from vembed_nb.evaluate.report import SHOWN, by_group, by_language, by_length
+    cuts = {"language": by_language, "length": by_length(), "group": by_group}
+    if wrong := [x for x in by if x not in cuts]: raise VembedError(f"--by {wrong[0]!r} 不行，可选 {'、'.join(cuts)}")
+    if ties not in TIES: raise VembedError(f"--ties {ties!r} 不行，可选 {'、'.join(TIES)}")
+    if by and not data: raise VembedError("--by 要看每条记录，要有 --data")
+    if plot and not compare: raise VembedError("--plot 画的是对照，要有 --compare")
+    for flag, path in (("--plot", plot), ("--save", save), ("--json", json_path)):
+        if path and not Path(path).resolve().parent.is_dir(): raise VembedError(f"{flag} {path}：没有文件夹 {Path(path).parent}；先建好它")
+    if len({model, *compare}) <= len(compare): raise VembedError(f"--model 和 --compare 里有重复的：{'、'.join([model, *compare])}；自己和自己比不出什么")
+    test = _test_set(data, columns, image_root, corpus, strict) if data else None
+    facts = test[3] if test else {}
+    ks = sorted({int(k) for m in facts.get("metrics", ()) for k in re.findall(r"@(\d+)", m)})
+    report, *others = _reports([model, *compare], test, ks, batch_size, qrels, ties)
+    both = report.compare(*others) if others else None
+    shown = [*SHOWN, *(m for m in report.metrics if m.split("@")[0] in ("hit", "recall", "ndcg") and int(m.split("@")[1]) in ks and m not in SHOWN)]
+    if test: _say_bad(test[4])
+    if facts.get("protocol"): print(f"协议：{facts['protocol']}（{'排除' if facts.get('mask_self', True) else '不排除'}查询自己的图）")
+    print(f"{report.n_queries} 个查询，图库 {report.n_corpus}" + ("（用了数据旁边的 corpus.jsonl；不想用它：--corpus none）" if test and test[1] and not corpus else ""))
+    if both: _print_comparison(both)
+    else:
+        for k in shown: print(f"{k:10} {report.metrics[k]:.3f}   [{report.ci[k][0]:.3f}, {report.ci[k][1]:.3f}]")
+    for x in by: print(f"\n{(both or report).slices(cuts[x])._repr_markdown_()}")
+    if save: report.save(save)
+    if plot: both.plot(plot)
+    if json_path: write_json(json_path, {**{k: report.metrics[k] for k in SHOWN}, **report.to_dict(), **({"compare": both.to_dict()["tests"]} if both else {})})
+
+# %% ../nbs/98_cli.ipynb #6fd47174
 @app.command()
 def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="文字、图片路径，或一个 .jsonl/.csv 图库文件"), model: str = opt("tiny-clip", "模型", "--model"), out: str = opt(..., "输出 .npz（ids 和 vectors；晚交互的模型还有 mask）", "--out"),
            image_root: str = opt("", "图片根目录", "--image-root"), dim: int = opt(0, "只要前几维；0 表示全部", "--dim"), role: str = opt("document", "query 或 document", "--role")):
@@ -164,37 +209,114 @@ def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="�
 
 # %% ../nbs/98_cli.ipynb #8717cbd7
 @app.command("index")
-def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 image 或 text", "--data"), out: str = opt(..., "索引文件夹", "--out"), model: str = opt("tiny-clip", "模型", "--model"),
-                  image_root: str = opt("", "图片根目录", "--image-root"), columns: str = opt("", "列名映射，例如 id=货号,image=图片", "--columns"), kind: str = opt("flat", "flat 或 FAISS 工厂字符串，例如 HNSW32", "--kind"),
+def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 image 或 text", "--data"), out: str = opt(..., "索引文件夹", "--out"), model: str = opt("tiny-clip", "模型；每个 token 一个向量的（ColPali）也行", "--model"),
+                  image_root: str = opt("", "图片根目录", "--image-root"), columns: str = opt("", "列名映射，例如 id=货号,image=图片", "--columns"),
+                  kind: str = opt("flat", "flat；FAISS 工厂字符串，例如 HNSW32、IVF1024,Flat；或 milvus:文件.db、milvus:http://主机:19530", "--kind"), metric: str = opt("cosine", "cosine、ip 或 l2", "--metric"),
+                  params: str = opt("", "FAISS 的搜索参数，例如 nprobe=16 或 efSearch=64", "--params"), recall: float = opt(0, "近似的索引：把搜索参数调到这个召回，例如 0.95", "--recall"),
+                  precision: str = opt("", "一个数几个比特：float32、float16、int8、binary；给了它，内存里只放压缩的向量", "--precision"), rescore: str = opt("int8", "压缩的索引：候选用什么重新打分（放在盘上）：int8、self、float16、float32，或 none", "--rescore"),
+                  dims: int = opt(0, "压缩的索引：第一遍只用前几维；0 表示全部", "--dims"), oversample: float = opt(10, "压缩的索引：候选是 k 的几倍", "--oversample"),
+                  pool: float = opt(1, "多向量模型：几个 token 并成一个，2 到 4 几乎不丢", "--pool"), coarse: str = opt("", "多向量模型：先粗找再细比，pooled 或 centroid", "--coarse"),
                   overwrite: bool = opt(False, "替换旧索引", "--overwrite"), strict: bool = opt(False, "遇到坏图就报错，而不是跳过", "--strict")):
-    "编码一个图库，建索引。"
+    "编码一个图库，建索引：平铺、FAISS、Milvus、压缩的，或多向量的。"
     from vembed_nb.core import check_dir
     from vembed_nb.data.check import drop_broken_corpus, root_of
     from vembed_nb.data.read import parse_columns, read_corpus
-    root = root_of(data, image_root)
-    corpus = read_corpus(data, parse_columns(columns))
-    check_dir(out, overwrite, marks=["manifest.json"])
-    corpus, bad = drop_broken_corpus(corpus, root, strict)
     from vembed_nb.models.load import load_encoder, resolve_model
-    from vembed_nb.search.searcher import build_index
-    build_index(load_encoder(model), corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind)
+    from vembed_nb.search.searcher import build_index, empty_index
+    options = dict(metric=metric, params=_numbers(params), precision=precision, rescore="" if rescore == "none" else rescore, keep=dims or None, oversample=oversample, pool=pool, coarse=coarse)
+    root, corpus = root_of(data, image_root), read_corpus(data, parse_columns(columns))
+    check_dir(out, overwrite, marks=["manifest.json"])
+    encoder = load_encoder(model)
+    if not kind.startswith("milvus:"): empty_index(encoder, None, kind, **options)  # 选项写错了，现在就说
+    corpus, bad = drop_broken_corpus(corpus, root, strict)
+    index = build_index(encoder, corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind, recall=recall, **options)
     _say_bad(bad)
-    print(f"{len(corpus[0])} 样东西，索引在 {out}")
+    print(f"{len(corpus[0])} 样东西，索引在 {out}" + (f"；{', '.join(f'{k}={v}' for k, v in index.params.items())}" if recall else ""))
+
+def _numbers(text):
+    "「nprobe=16,efSearch=64」→ {键: 整数}。"
+    pairs = [p.partition("=") for p in text.split(",") if p.strip()]
+    if bad := next((p for p in pairs if not p[2].strip().isdigit()), None): raise VembedError(f"--params {''.join(bad)!r} 要写成 名字=整数，例如 nprobe=16")
+    return {k.strip(): int(v) for k, _, v in pairs}
+
+# %% ../nbs/98_cli.ipynb #374b2204
+def _where(text):
+    "--where 的 JSON。"
+    try: return json.loads(text) if text else None
+    except ValueError as e: raise VembedError(f"--where 不是 JSON（{e}）；例如 '{{\"price\": {{\"<\": 100}}}}'") from None
 
 @app.command()
 def search(query: str = typer.Argument(..., help="一句话，或一张图的路径"), index: str = opt(..., "索引文件夹", "--index"), k: int = opt(10, "要几个", "-k"), text: str = opt("", "和图片一起用的文字（组合检索）", "--text"),
-           as_json: bool = opt(False, "输出 JSON", "--json")):
+           where: str = opt("", '过滤，JSON，例如 {"price": {"<": 100}}', "--where"), unique: str = opt("", "元数据的一个键，同一个值只要最好的一个", "--unique"), rerank: str = opt("", "重排器，例如 tiny-reranker", "--rerank"),
+           candidates: int = opt(0, "给重排器几个候选；0 表示 max(5k, 50)", "--candidates"), as_json: bool = opt(False, "输出 JSON", "--json")):
     "用一句话或一张图搜索。"
-    from PIL import Image
     from vembed_nb.data.images import open_image
     from vembed_nb.data.tasks import Item, looks_like_image
     from vembed_nb.search.searcher import Searcher
     if not query.strip(): raise VembedError("查询是空的；写一句话，或给一张图的路径")
+    if candidates and not rerank: raise VembedError("--candidates 是给重排器的，要有 --rerank")
+    condition = _where(where)
     picture = open_image(os.path.basename(query), os.path.dirname(query)) if looks_like_image(query) else None
-    hits = Searcher(index).search(Item(text or None, picture) if picture is not None else Item(query), k)
-    if as_json: print(json.dumps(hits.to_dict(), ensure_ascii=False, indent=2))
-    else:
-        for h in hits.to_dict()["hits"]: print(f"{h['rank']:>3}  {h['score']:.3f}  {h.get('image') or h.get('text') or h['id']}")
+    hits = Searcher(index, reranker=rerank or None).search(Item(text or None, picture) if picture is not None else Item(query), k, where=condition, unique=unique, candidates=candidates or None)
+    if as_json: return print(json.dumps(hits.to_dict(), ensure_ascii=False, indent=2))
+    for h in hits.to_dict()["hits"]: print(f"{h['rank']:>3}  {'  —  ' if h['score'] is None else format(h['score'], '.3f')}  {h.get('image') or h.get('text') or h['id']}")
+
+# %% ../nbs/98_cli.ipynb #6b97c298
+@app.command("index-info")
+def index_info(folder: str = typer.Argument(..., help="索引文件夹"), verify: bool = opt(False, "从头读一遍，核对每个文件的摘要", "--verify"), as_json: bool = opt(False, "输出 JSON", "--json")):
+    "一个索引是什么：种类、条数、模型、占多大、有没有没整理的改动。"
+    from vembed_nb.search.index import read_journal
+    from vembed_nb.search.searcher import open_index
+    index = open_index(folder, verify=verify)
+    m = json.loads((Path(folder)/"manifest.json").read_text(encoding="utf-8"))
+    facts = {"种类": m.get("type") or m["kind"], "现在有": len(index), "上次存的时候": m["count"], "维数": m["dim"], "比法": m.get("metric", "cosine"), "模型": m.get("model", "没有记下"), "指纹": m.get("fingerprint", "没有记下"), "第几代": m.get("generation", 1),
+             "字节": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()), "没整理的改动": sum(len(read_journal(p)[0]) for p in Path(folder).glob("wal*.jsonl"))}
+    facts |= {k: m[k] for k in ("params", "precision", "rescore", "keep", "pool", "coarse") if m.get(k)}
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(f"{k}：{v:,}" if isinstance(v, int) else f"{k}：{v}" for k, v in facts.items()))
+
+@app.command("index-compact")
+def index_compact(folder: str = typer.Argument(..., help="索引文件夹")):
+    "整理一个索引：把日志里的改动并进去，下架的真正去掉，近似的索引重建。"
+    from vembed_nb.search.searcher import open_index
+    with open_index(folder, writable=True) as index:
+        index.save()
+        print(f"{len(index)} 样东西，第 {index.generation} 代")
+
+@app.command("pareto")
+def pareto_command(data: str = opt(..., "测试数据", "--data"), model: str = opt("tiny-clip", "模型", "--model"), image_root: str = opt("", "图片根目录", "--image-root"), corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"),
+                   dims: str = opt("", "试哪些维数，例如 128,64,32；默认全部、一半、四分之一", "--dims"), precisions: str = opt("float32,float16,int8,binary", "试哪些精度", "--precisions"), rescores: str = opt("none,self,int8,float16", "试哪些重打分", "--rescores"),
+                   k: int = opt(10, "看 NDCG@k", "-k"), oversample: float = opt(10, "候选是 k 的几倍", "--oversample"), out: str = opt("", "文件夹；写 pareto.json 和 pareto.png", "--out")):
+    "维数 × 精度 × 重打分：各占几个字节、慢多少、丢多少（带区间）。"
+    from vembed_nb.core import claim_dir, write_json
+    from vembed_nb.data.read import gallery_of
+    from vembed_nb.models.load import load_encoder
+    from vembed_nb.search.quantize import pareto
+    encoder = load_encoder(model)
+    if encoder.card.multi_vector: raise VembedError(f"{model} 每个 token 一个向量，pareto 只比单向量的模型；多向量的见 vembed index --precision 和 --pool")
+    if wrong := [x for x in dims.split(",") if x and not x.strip().isdigit()]: raise VembedError(f"--dims {wrong[0]!r} 不是整数；例如 128,64,32")
+    records, gallery, root, _, bad = _test_set(data, columns, image_root, corpus, False)
+    ids, items, _ = gallery or gallery_of(records)
+    q, d = encoder.encode([r.query for r in records], image_root=root, role="query", desc="编码查询"), encoder.encode(items, image_root=root, desc="编码图库")
+    table = pareto(q, d, records, ids, [int(x) for x in dims.split(",") if x] or None, [x.strip() for x in precisions.split(",")], ["" if x.strip() == "none" else x.strip() for x in rescores.split(",")], k, oversample)
+    _say_bad(bad)
+    print(table._repr_markdown_())
+    if out: write_json(claim_dir(out, resume=True)/"pareto.json", table.to_dict()); table.plot(f"{out}/pareto.png")
+
+# %% ../nbs/98_cli.ipynb #fb3d9508
+@app.command("serve", short_help="开一个 HTTP 检索服务；文档在 /docs。")
+def serve_command(index: str = opt("", "索引文件夹（或环境变量 VEMBED_SERVE_INDEX）", "--index"), model: str = opt("", "模型；默认用索引里记下的", "--model"), reranker: str = opt("", "重排器，例如 tiny-reranker；不给就不能重排", "--reranker"),
+                  host: str = opt("", "监听的地址；默认 127.0.0.1，只有本机连得上", "--host"), port: int = opt(-1, "端口；默认 8000，0 由系统挑", "--port"), writable: bool = opt(False, "准许上架和下架", "--writable"),
+                  api_key: str = opt("", "查询要带的钥匙；最好用环境变量 VEMBED_SERVE_API_KEY，命令行别人看得见", "--api-key"), admin_key: str = opt("", "上架、下架、换索引要带的钥匙", "--admin-key"),
+                  redis: str = opt("", "向量缓存的 Redis，例如 redis://localhost:6379/0", "--redis"), fallback: str = opt("", "索引连不上时改查的另一个索引文件夹", "--fallback"), device: str = opt("", "设备；默认 CPU", "--device"),
+                  args: list[str] = typer.Argument(None, metavar="[键=值 ...]", help="其余的设定，例如 max_batch=64 rate=50 max_upload=4000000；每一项也能用环境变量 VEMBED_SERVE_大写的名字")):
+    "开一个 HTTP 检索服务：搜索（文字、图、图加文）、编码、上架下架、指标；文档在 /docs。Ctrl-C 或 SIGTERM 做完手上的再停。"
+    if wrong := [a for a in args or [] if "=" not in a]: raise VembedError(f"{wrong[0]!r} 不是 键=值；例如 max_batch=64")
+    named = dict(index=index, model=model, reranker=reranker, host=host, api_key=api_key, admin_key=admin_key, redis=redis, fallback=fallback, device=device)
+    given = {**dict(a.split("=", 1) for a in args or []), **{k: v for k, v in named.items() if v}, **({"port": port} if port >= 0 else {}), **({"writable": True} if writable else {})}
+    from vembed_nb.ship.server import ServeConfig, serve
+    config = ServeConfig.from_env(**given)
+    if not config.index: raise VembedError("没有说索引在哪里：vembed serve --index 文件夹（先用 vembed index 建一个）")
+    serve(config)
 
 # %% ../nbs/98_cli.ipynb #d22cad21
 @app.command("export")

@@ -144,12 +144,13 @@ def check_dir(
     overwrite: bool = False,  # 是否打算替换旧内容
     resume: bool = False,  # 是否在旧内容上继续
     marks=(),  # 属于本工具的文件名；overwrite 时只许动含有其中之一的文件夹
+    can_resume: bool = False,  # 这个命令有没有 --resume
 ) -> bool:  # 里面是否已经有东西
     "只检查、不改动：非空而又没有说 overwrite 或 resume，或者里面不像本工具的东西，抛 `VembedError`。"
     path = Path(path)
     if path.is_file(): raise VembedError(f"{path} 是一个文件，不能当输出文件夹；换一个 --out")
     full = path.is_dir() and any(path.iterdir())
-    if full and not (overwrite or resume): raise VembedError(f"输出文件夹 {path} 不是空的；加 --overwrite 重来，加 --resume 接着做，或换一个 --out")
+    if full and not (overwrite or resume): raise VembedError(f"输出文件夹 {path} 不是空的；加 --overwrite 重来，{'加 --resume 接着做，' if can_resume else ''}或换一个 --out")
     if full and overwrite and marks and not any((path/m).exists() for m in marks):
         raise VembedError(f"{path} 不像是本工具写的（没有 {'、'.join(marks)}），不敢删；清空它或换一个 --out")
     return full

@@ -204,7 +204,7 @@ def _prepare(self, resume, overwrite):
     root = str(root_of(c.data_path, c.image_root))
     val = read_records(c.val_data_path, columns, mode=c.retrieval_mode or None) if c.val_data_path else None
     corpus = read_corpus(c.corpus_path) if c.corpus_path else None
-    check_dir(c.output_dir, overwrite and not resume, resume, [INDEX])
+    check_dir(c.output_dir, overwrite and not resume, resume, [INDEX], can_resume=True)
     mixed_precision(c)
     if overwrite and not resume: _keep_inputs(c, root)
     self.history, self.validate = [], self.evaluator
