@@ -15,6 +15,7 @@ from vembed_nb.data.tasks import Item, Record
 from vembed_nb.evaluate.report import EvalReport, evaluate_encoder
 from vembed_nb.models.load import load_encoder
 from vembed_nb.search.searcher import Hits, Searcher, build_index
+from vembed_nb.show import curves as C
 from vembed_nb.show import explore as E
 from vembed_nb.show import gallery as G
 from vembed_nb.show import map as M
@@ -485,3 +486,55 @@ def test_explore_heat():
     assert live.picture.value != old
     live.controls["token"].value = "沙发"
     assert "沙发" in live.note.value
+
+
+# ---------- 曲线与失败单 ----------
+
+def history(n=8, up=0.0, val=True): return [dict(step=i, loss=2.0 / i + up, lr=1e-3, temperature=.05) for i in range(1, n + 1)] + [{"step": n, "val_hit@1": .5, "val_hit@10": .9, "val_mrr": .6}] * val
+
+
+def test_smoothing_is_the_bias_corrected_average():
+    x, w = [5.0, 1.0, 4.0], .7
+    naive = [sum(v * w ** (i - j) for j, v in enumerate(x[:i + 1])) / sum(w ** (i - j) for j in range(i + 1)) for i in range(3)]
+    assert C.smoothed(x, w) == pytest.approx(naive) and C.smoothed(x, 0) == x
+    for bad in (1, -.1):
+        with pytest.raises(VembedError): C.smoothed(x, bad)
+
+
+def test_curves_draw_the_numbers():
+    fig = C.curves({"甲": history(), "乙": history(up=1)}, smooth=.5, log=True)
+    loss = fig.axes[0]
+    assert loss.get_yscale() == "log" and len(loss.lines) == 4  # 原来的和平滑的
+    assert list(loss.lines[0].get_ydata()) == [h["loss"] for h in history(val=False)]
+    assert list(loss.lines[3].get_ydata()) == pytest.approx(C.smoothed([h["loss"] for h in history(up=1, val=False)], .5))
+    assert [line.get_label() for line in fig.axes[2].lines] == ["甲", "乙"]
+    assert len(C.curves(history()).axes[2].lines) == 3
+    for bad in ([], {}, {"甲": []}, [{"step": 1, "val_hit@1": .5}]):
+        with pytest.raises(VembedError): C.curves(bad)
+
+
+def test_explore_curves():
+    live = E.explore_curves({"甲": history(), "乙": history(20, 1)})
+    assert live.controls["upto"].max == 20
+    old = live.picture.value
+    live.set(which=("乙",), smooth=.9, log=True, upto=5)
+    assert live.picture.value != old and max(live.figure().axes[0].lines[0].get_xdata()) == 5
+    live.controls["which"].value = ()
+    assert "没有选" in live.note.value
+    for bad in (dict(runs={}), dict(runs=history()), dict(runs={"甲": history()}, smooth=1)):
+        with pytest.raises(VembedError): E.explore_curves(**bad)
+
+
+def test_explore_failures(place, shop):
+    encoder, corpus, searcher = place
+    records = read_records(shop / "val.jsonl")
+    one = evaluate_encoder(encoder, records, corpus, shop, name="模型")
+    wrong = sum(r[0] > 1 for r in one.ranks)
+    live = E.explore_failures(one, records, searcher, k=3)
+    assert wrong and live.controls["page"].max == -(-wrong // 4)
+    for order in live.controls["order"].options:
+        live.set(order=order, page=live.controls["page"].max)
+        assert live.note.value == ""
+    right = EvalReport("全对", {}, {}, one.n_queries, one.n_corpus, ranks=[np.array([1.0])] * one.n_queries)
+    with pytest.raises(VembedError, match="全对"): E.explore_failures(right, records, searcher)
+    with pytest.raises(VembedError): E.explore_failures(one, records[:2], searcher)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'Live', 'set_values', 'Look', 'Shelf', 'draw_look', 'explore', 'similarity', 'explore_batch', 'RankDiff',
-           'rank_diff', 'plot_diff', 'two_rankings', 'inspect_ranks', 'explore_map', 'explore_heat']
+           'rank_diff', 'plot_diff', 'two_rankings', 'inspect_ranks', 'explore_map', 'explore_heat', 'explore_curves',
+           'explore_failures']
 
 # %% ../../nbs/86_show.explore.ipynb #9ca0adab
 import base64
@@ -25,7 +26,8 @@ from ..fonts import use_chinese_font
 from ..models.base import Encoder
 from ..search.index import VectorIndex
 from ..search.searcher import Hits, Searcher
-from .gallery import RIGHT, WRONG, close_figure, plain
+from .curves import curves
+from .gallery import ORDERS, RIGHT, WRONG, close_figure, failure_sheet, failures, plain
 from .map import EmbeddingMap
 from ..vectors import Embeddings, maxsim, truncate
 
@@ -428,3 +430,40 @@ def explore_heat(
         return heat(image, {token or "全部": scores}, image_root, title=query, cell=4)
 
     return Live(draw, dict(query=W.Text(value=query, description="查询"), token=W.Text(value=token, description="只看", placeholder="查询里的一段字；空着是全部")))
+
+# %% ../../nbs/86_show.explore.ipynb #c5ce4a00
+def explore_curves(
+    runs: dict,  # {名字: `Trainer.train` 的返回值}
+    smooth: float = .6,  # 一开始的平滑，0 … 0.95
+) -> Live:
+    "探索训练曲线：挑哪几次，拧平滑，换对数轴，只看前几步。"
+    W = need("ipywidgets")
+    if not isinstance(runs, dict) or not runs: raise VembedError("runs 要是 {名字: Trainer.train 的返回值}，至少一个")
+    _inside("smooth", smooth, 0, .95)
+    last = max((h["step"] for rows in runs.values() for h in rows), default=1)
+
+    def draw(which, smooth, log, upto):
+        if not which: raise VembedError("一次训练也没有选；按住 Ctrl 点几个名字")
+        return curves({n: [h for h in runs[n] if h["step"] <= upto] for n in which}, smooth=smooth, log=log)
+
+    return Live(draw, dict(which=W.SelectMultiple(options=list(runs), value=tuple(runs), rows=min(4, len(runs)), description="哪几次"), smooth=W.FloatSlider(value=smooth, min=0, max=.95, step=.05, description="平滑"),
+                           log=W.Checkbox(value=False, description="损失用对数轴"), upto=W.IntSlider(value=last, min=1, max=last, description="到第几步")))
+
+def explore_failures(
+    report: EvalReport,  # 要有名次
+    records,  # 评测用的记录，次序相同
+    searcher: Searcher,  # 同一个模型的
+    k: int = 5,  # 一开始各看几个，3 … 8
+) -> Live:
+    "翻失败单：错得最远的、差一点的或随机的，一页四个。一个也没错时抛 `VembedError`。"
+    W = need("ipywidgets")
+    _inside("k", k, 3, 8)
+    orders = {name: failures(report, records, None, how) for how, name in ORDERS.items()}
+    pages = -(-len(next(iter(orders.values()))) // 4)
+    if not pages: raise VembedError(f"{report.name} 的 {len(records)} 个查询第一名全对，没有失败可翻")
+
+    def draw(order, page, k):
+        some = orders[order][4 * page - 4:4 * page]
+        return failure_sheet(some, searcher.search_many([f.record.query for f in some], k, rerank=False), title=f"{order}，第 {page} 页，共 {pages} 页")
+
+    return Live(draw, dict(order=W.Dropdown(options=list(orders), description="看哪些"), page=W.IntSlider(value=1, min=1, max=pages, description="第几页"), k=W.IntSlider(value=k, min=3, max=8, description="各看几个")))
