@@ -194,11 +194,13 @@ def test_compare_two_models(cli, trained, toyshop, micro, tmp_path):
     assert again.code == 0, again.err
     a, b = (json.loads((tmp_path / f"{x}.json").read_text(encoding="utf-8"))["compare"][0] for x in "mn")
     assert a["mrr"] == b["mrr"] and a["hit@1"] == b["hit@1"]
+    short = cli("eval", "--compare", tmp_path / "before.json", tmp_path / "after.json")
+    assert short.code == 0 and short.out == again.out
 
 
 @pytest.mark.parametrize("options, words", [
     (["--by", "colour"], ["colour", "language"]), (["--ties", "best?"], ["best?", "order"]), (["--plot", "x.png"], ["--compare"]), (["--compare", "tiny-clop"], ["tiny-clop", "tiny-clip"]), (["--save", "没有/a.json"], ["没有", "文件夹"]),
-    (["--compare", "没有.json"], ["没有.json"]), (["--qrels", "没有.tsv"], ["没有.tsv"]), (["--compare", "tiny-clip"], ["重复"])], ids=lambda x: " ".join(x))
+    (["--compare", "没有.json"], ["没有.json"]), (["--qrels", "没有.tsv"], ["没有.tsv"]), (["--compare", "tiny-clip"], ["重复"]), (["tiny-siglip"], ["tiny-siglip", "--compare"])], ids=lambda x: " ".join(x))
 def test_bad_eval_options(cli, toyshop, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     sentence(cli("eval", "--data", toyshop / "test.jsonl", "--image-root", toyshop, "--model", "tiny-clip", *options), *words)

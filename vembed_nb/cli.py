@@ -151,7 +151,8 @@ def _print_comparison(both):
 
 # %% ../nbs/98_cli.ipynb #ddfa149f
 @app.command("eval", short_help="评测一个模型，或逐个查询地比几个，带 95 % 区间。")
-def eval_command(data: str = opt("", "测试数据；全部是存下的报告时不用", "--data"), model: str = opt("tiny-clip", "模型；也可以是 --save 存下的报告 .json", "--model"), compare: list[str] = opt([], "再评测这个模型（或存下的报告 .json），逐个查询地与 --model 比；可以写几次", "--compare"),
+def eval_command(more: list[str] = typer.Argument(None, metavar="[模型 ...]", help="跟在 --compare 后面：还要比的模型"), data: str = opt("", "测试数据；全部是存下的报告时不用", "--data"), model: str = opt("", "模型，默认 tiny-clip；也可以是 --save 存下的报告 .json", "--model"),
+                 compare: list[str] = opt([], "逐个查询地比：--model A --compare B，或 --compare A B；可以是模型，也可以是存下的报告 .json", "--compare"),
                  image_root: str = opt("", "图片根目录", "--image-root"), corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"),
                  qrels: str = opt("", "分等级的标准答案：TREC qrels 或 qrels.tsv；默认用数据里的正例", "--qrels"), ties: str = opt("order", "同分怎么排：order、worst、best、mean", "--ties"), by: list[str] = opt([], "按 language、length 或 group 切片；可以写几次", "--by"),
                  json_path: str = opt("", "把指标写成 JSON", "--json"), save: str = opt("", "连同每个查询的名次存成 JSON，以后可以 --compare 它", "--save"), plot: str = opt("", "把对照画成 PNG（要有 --compare）", "--plot"),
@@ -164,14 +165,17 @@ def eval_command(data: str = opt("", "测试数据；全部是存下的报告时
     if wrong := [x for x in by if x not in cuts]: raise VembedError(f"--by {wrong[0]!r} 不行，可选 {'、'.join(cuts)}")
     if ties not in TIES: raise VembedError(f"--ties {ties!r} 不行，可选 {'、'.join(TIES)}")
     if by and not data: raise VembedError("--by 要看每条记录，要有 --data")
+    if more and not compare: raise VembedError(f"不知道拿 {more[0]!r} 做什么；要比较几个模型，写 --compare")
     if plot and not compare: raise VembedError("--plot 画的是对照，要有 --compare")
     for flag, path in (("--plot", plot), ("--save", save), ("--json", json_path)):
         if path and not Path(path).resolve().parent.is_dir(): raise VembedError(f"{flag} {path}：没有文件夹 {Path(path).parent}；先建好它")
-    if len({model, *compare}) <= len(compare): raise VembedError(f"--model 和 --compare 里有重复的：{'、'.join([model, *compare])}；自己和自己比不出什么")
+    names = [*([model] if model else []), *compare, *(more or [])]
+    if not model and len(names) < 2: names = ["tiny-clip", *names]
+    if len(set(names)) < len(names): raise VembedError(f"要比的里面有重复的：{'、'.join(names)}；自己和自己比不出什么")
     test = _test_set(data, columns, image_root, corpus, strict) if data else None
     facts = test[3] if test else {}
     ks = sorted({int(k) for m in facts.get("metrics", ()) for k in re.findall(r"@(\d+)", m)})
-    report, *others = _reports([model, *compare], test, ks, batch_size, qrels, ties)
+    report, *others = _reports(names, test, ks, batch_size, qrels, ties)
     both = report.compare(*others) if others else None
     shown = [*SHOWN, *(m for m in report.metrics if m.split("@")[0] in ("hit", "recall", "ndcg") and int(m.split("@")[1]) in ks and m not in SHOWN)]
     if test: _say_bad(test[4])
