@@ -576,6 +576,49 @@ def test_an_index_that_hangs_is_given_up(index, micro, shop):
         assert ask("GET", "/ready").json["parts"]["index"] == "fallback" and ask("GET", "/metrics").status == 200
 
 
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_a_service_on_a_compressed_index(tmp_path, micro, shop, precision):
+    "压缩的索引：回答与 Searcher 相同。"
+    encoder = load_encoder(micro)
+    build_index(encoder, read_corpus(shop / "corpus.jsonl"), shop, micro, tmp_path / "q", precision=precision)
+    want = Searcher(tmp_path / "q").search("红色的", 5)
+    with running(tmp_path / "q") as (_, port):
+        got = Client(port).search("红色的", 5).json["hits"]
+        assert [h["id"] for h in got] == want.ids and [h["score"] for h in got] == pytest.approx(want.scores, abs=1e-5)
+
+
+def test_a_service_with_a_vector_per_token(tmp_path, shop):
+    "每个 token 一个向量的模型：攒批、缓存、编码都和一个一个算的相同；直接给一个 vector 拒绝。"
+    corpus = tuple(x[:8] for x in read_corpus(shop / "corpus.jsonl"))
+    encoder = load_encoder("tiny-colqwen2")
+    build_index(encoder, corpus, shop, "tiny-colqwen2", tmp_path / "late")
+    searcher = Searcher(tmp_path / "late", encoder)
+    asks = ["红色的杯子", "蓝", "一只很大很大的绿色的沙发 第 3 件"]
+    with running(tmp_path / "late") as (service, port):
+        with ThreadPoolExecutor(3) as pool: got = list(pool.map(lambda t: Client(port).search(t, 4).json, asks))
+        for r, t in zip(got, asks):
+            want = searcher.search(t, 4)
+            assert [h["id"] for h in r["hits"]] == want.ids and [h["score"] for h in r["hits"]] == pytest.approx(want.scores, abs=1e-3)
+        again = Client(port).search(asks[0], 4).json
+        assert again["stages"][1]["cached"] and again["hits"] == got[0]["hits"]
+        r = Client(port)("POST", "/encode", {"items": [{"text": t} for t in asks], "role": "query"}).json
+        want = encoder.encode(asks, role="query")
+        assert r["dim"] == encoder.dim and [len(v) for v in r["vectors"]] == want.mask.sum(1).tolist()
+        assert all(np.allclose(v, w[m], atol=1e-4) for v, w, m in zip(r["vectors"], want.vectors, want.mask))
+        assert Client(port)("GET", "/ready").json["ready"]
+
+
+def test_the_cache_is_bounded_in_bytes():
+    "多向量的一张图有几百个 token：记的个数没到，字节到了也要忘。"
+    async def run():
+        cache = VectorCache(size=2)
+        for name in "ab": await cache.put(name, torch.ones(40, 128))  # 各 20 KB，上限 32 KB
+        await cache.put("b", torch.ones(1, 128))
+        return await cache.get("a", 128, True), await cache.get("b", 128, True), cache.used
+    a, b, used = asyncio.run(run())
+    assert a is None and b.shape == (1, 128) and used == 512
+
+
 def test_a_service_on_milvus_lite(tmp_path, micro, shop):
     pytest.importorskip("milvus_lite")
     ids, items, metas = read_corpus(shop / "corpus.jsonl")

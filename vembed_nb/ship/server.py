@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOG', 'OPEN', 'ADMIN', 'FORM', 'ABOUT', 'ServeConfig', 'from_env', 'Refusal', 'Batcher', 'VectorCache', 'Metrics',
-           'JsonLines', 'say', 'to_json', 'Buckets', 'Gate', 'error_body', 'Door', 'Job', 'Done', 'is_down', 'Service',
-           'work', 'search', 'encode', 'upsert', 'delete', 'swap', 'state', 'close', 'Strict', 'SearchBody',
-           'EncodeItem', 'EncodeBody', 'UpsertItem', 'UpsertBody', 'ReloadBody', 'bad', 'clean_text', 'clean_id',
-           'clean_where', 'clean_meta', 'clean_image', 'from_base64', 'read_item', 'clean_k', 'InMemory', 'read_form',
-           'form_options', 'answer', 'form_docs', 'make_app', 'Server', 'serve']
+           'JsonLines', 'say', 'to_json', 'Buckets', 'Gate', 'error_body', 'Door', 'Job', 'Done', 'is_down', 'is_far',
+           'apart', 'together', 'Service', 'work', 'search', 'encode', 'upsert', 'delete', 'swap', 'state', 'close',
+           'Strict', 'SearchBody', 'EncodeItem', 'EncodeBody', 'UpsertItem', 'UpsertBody', 'ReloadBody', 'bad',
+           'clean_text', 'clean_id', 'clean_where', 'clean_meta', 'clean_image', 'from_base64', 'read_item', 'clean_k',
+           'InMemory', 'read_form', 'form_options', 'answer', 'form_docs', 'make_app', 'Server', 'serve']
 
 # %% ../../nbs/87_ship.server.ipynb #3f7418cb
 import asyncio
@@ -48,8 +48,9 @@ from ..core import VembedError, did_you_mean, need
 from ..data.images import fit, open_image
 from ..data.tasks import Item, embed_picture
 from ..models.load import load_encoder, load_reranker
-from ..search.index import VectorIndex, conditions, load_index
-from ..search.searcher import Hits, Searcher
+from ..search.index import conditions
+from ..search.searcher import Hits, Searcher, open_index
+from ..vectors import Embeddings
 
 # %% ../../nbs/87_ship.server.ipynb #8a97e579
 @dataclass
@@ -185,12 +186,12 @@ class Batcher:
 class VectorCache:
     "向量的缓存：进程里一层，Redis 一层（可以没有）。"
     def __init__(self,
-        size: int = 20_000,  # 进程里记几个
+        size: int = 20_000,  # 进程里记几个；合起来至多 size × 16 KB，多向量的因此记得少一些
         url: str = "",  # Redis 的地址
         seconds: int = 86_400,  # Redis 里记几秒
         client=None,  # 直接给一个 redis.asyncio 的客户端（测试用）
     ):
-        self.size, self.seconds, self.rows, self.counts = size, seconds, OrderedDict(), Counter()
+        self.size, self.seconds, self.rows, self.counts, self.used = size, seconds, OrderedDict(), Counter(), 0
         self.redis, self.error, self.until = client, "", 0.0
         if url and client is None:
             try: self.redis = need("redis.asyncio", "'vembed-nb[serve]'").from_url(url, socket_timeout=.1, socket_connect_timeout=.2)
@@ -210,11 +211,14 @@ class VectorCache:
     async def get(self,
         key: str,  # 键
         dim: int,  # 应有几维
-    ):  # [dim] 的向量，没有时是 None
+        many: bool = False,  # 每个 token 一个向量
+    ):  # [dim]，many 时是 [L, dim]；没有时是 None
         "取一个。长度不对、有坏数的当作没有。"
-        if (raw := self.rows.get(key)) is not None: self.rows.move_to_end(key); self.counts["hit"] += 1; return torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        shaped = lambda raw: torch.frombuffer(bytearray(raw), dtype=torch.float32).view(-1, dim) if many else torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        if (raw := self.rows.get(key)) is not None: self.rows.move_to_end(key); self.counts["hit"] += 1; return shaped(raw)
         raw = await self._ask("get", f"vembed:{key}")
-        v = torch.frombuffer(bytearray(raw), dtype=torch.float32) if isinstance(raw, bytes) and len(raw) == 4 * dim else None
+        fine = isinstance(raw, bytes) and raw and (len(raw) % (4 * dim) == 0 if many else len(raw) == 4 * dim)
+        v = shaped(raw) if fine else None
         if v is None or not torch.isfinite(v).all(): self.counts["miss"] += 1; return None
         self.counts["redis"] += 1
         self._keep(key, raw)
@@ -222,16 +226,17 @@ class VectorCache:
 
     async def put(self,
         key: str,  # 键
-        vector: torch.Tensor,  # [D]
+        vector: torch.Tensor,  # [D]，或 [L, D]
     ):
         "记一个；满了就忘掉最久没用的。"
-        raw = vector.numpy().tobytes()
+        raw = vector.contiguous().numpy().tobytes()
         self._keep(key, raw)
         await self._ask("set", f"vembed:{key}", raw, ex=self.seconds)
 
     def _keep(self, key, raw):
+        self.used += len(raw) - len(self.rows.pop(key, b""))
         self.rows[key] = raw
-        while len(self.rows) > self.size: self.rows.popitem(last=False)
+        while len(self.rows) > self.size or self.used > self.size * 16_384: self.used -= len(self.rows.popitem(last=False)[1])
 
     async def state(self) -> str:  # "off"、"ok" 或 "down: …"
         "Redis 现在怎样。"
@@ -481,7 +486,29 @@ def is_down(
     cause = error.__cause__ if isinstance(error, VembedError) else error
     return isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in ("pymilvus", "grpc")
 
+def is_far(
+    index,  # 索引
+) -> bool:
+    "索引在别的进程里（Milvus）：会断，会慢，自己管几个人同时写。"
+    return getattr(index, "kind", "").startswith("milvus:")
+
 # %% ../../nbs/87_ship.server.ipynb #70f3f6d2
+def apart(
+    encoded,  # 一批编码：[N, D]，或 Embeddings
+) -> list:  # N 个 [D] 或 [L, D]
+    "一批拆成一个一个的。"
+    if not isinstance(encoded, Embeddings): return list(encoded.cpu())
+    return [v[m] for v, m in zip(encoded.vectors.cpu(), encoded.mask.cpu())]
+
+def together(
+    vectors,  # N 个 [D] 或 [L, D]，至少一个
+):  # [N, D]，或 Embeddings
+    "一个一个的合成一批，`apart` 的反面。"
+    if vectors[0].ndim == 1: return torch.stack(vectors)
+    length = torch.tensor([len(v) for v in vectors])
+    return Embeddings(torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.arange(int(length.max())) < length[:, None])
+
+# %% ../../nbs/87_ship.server.ipynb #79c25265
 class Service:
     "模型、索引、缓存、攒批：HTTP 之外的一切。"
     def __init__(self,
@@ -492,8 +519,8 @@ class Service:
         self.config, self.metrics, self.started = config, Metrics(), time.time()
         if config.threads: torch.set_num_threads(config.threads)
         self.searcher = searcher or self.open(config.index)
-        if self.searcher.encoder.card.multi_vector: raise VembedError("这个模型每个 token 一个向量，服务只接单向量的模型")
-        self.fallback = Searcher(load_index(config.fallback), self.searcher.encoder, self.searcher.image_root) if config.fallback else None
+        self.many = self.searcher.encoder.card.multi_vector
+        self.fallback = Searcher(open_index(config.fallback), self.searcher.encoder, self.searcher.image_root) if config.fallback else None
         self.cache = cache or VectorCache(config.cache_size, config.redis, config.cache_seconds)
         self.batcher = Batcher(self.work, config.max_batch, config.max_wait_ms / 1000, config.max_queue)
         self.disk, self.slow, self.pixels, self.far = (ThreadPoolExecutor(n, f"vembed-{name}") for n, name in ((1, "disk"), (1, "rerank"), (2, "pixels"), (1, "far")))
@@ -507,8 +534,7 @@ class Service:
         "打开一个索引和它的模型，热身一次。"
         c = self.config
         if not folder: raise VembedError("没有说索引在哪里；--index 文件夹")
-        index = load_index(folder)
-        if c.writable and isinstance(index, VectorIndex): index = VectorIndex.open(folder, writable=True)  # Milvus 自己管几个人同时写
+        index = open_index(folder, writable=c.writable)  # Milvus 自己管几个人同时写
         index.folder = Path(folder)  # 模型、图片的路径是相对它的
         try:
             keep = old is not None and index.info.get("fingerprint") == old.fingerprint
@@ -536,7 +562,7 @@ def work(self: Service,
     for n, j in enumerate(jobs):
         if j.k and not isinstance(out[n], Exception): groups.setdefault((repr(j.where), j.unique), []).append(n)
     for at in groups.values():
-        items, vectors, k, where, unique = [jobs[n].item for n in at], torch.stack([out[n].vector for n in at]), max(jobs[n].k for n in at), jobs[at[0]].where, jobs[at[0]].unique
+        items, vectors, k, where, unique = [jobs[n].item for n in at], together([out[n].vector for n in at]), max(jobs[n].k for n in at), jobs[at[0]].where, jobs[at[0]].unique
         try: found, degraded = self._recall(s, items, vectors, k, where, unique)
         except Exception as e:
             for n in at: out[n] = e
@@ -551,7 +577,7 @@ def work(self: Service,
 def _encode(self, s, items, role):
     "一起编码；有坏的，就一个一个来，坏的那个是异常。"
     if not items: return []
-    many = lambda xs: list(s.encoder.encode(xs, max(64, len(xs)), image_root=s.image_root, role=role).cpu())
+    many = lambda xs: apart(s.encoder.encode(xs, max(64, len(xs)), image_root=s.image_root, role=role))
     try: return many(items)
     except Exception as e:
         if len(items) == 1: return [e]
@@ -570,7 +596,7 @@ def _recall(self, s, items, vectors, k, where, unique):
 
 def _bounded(self, s, *args):
     "远处的索引至多等 index_timeout 秒；上一次还没有回来的，不再问它。"
-    if isinstance(s.index, VectorIndex): return s.recall(*args)
+    if not is_far(s.index): return s.recall(*args)
     if self.asking is not None and not self.asking.done(): raise TimeoutError("索引还没有回答上一次的查询")
     self.asking = self.far.submit(s.recall, *args)
     try: return self.asking.result(self.config.index_timeout)
@@ -614,7 +640,7 @@ async def encode(self: Service,
     "先看缓存，没有就排队去算，算好了记住。"
     s = self.searcher
     key = lambda version: hashlib.blake2b(b"\0".join([version.encode(), role.encode(), content]), digest_size=20).hexdigest()
-    vector = await self.cache.get(key(s.fingerprint), s.encoder.dim)
+    vector = await self.cache.get(key(s.fingerprint), s.encoder.dim, self.many)
     done = await self.batcher.submit(Job(item, role, k, where, unique, vector, s.fingerprint))
     if vector is None or done.version != s.fingerprint: await self.cache.put(key(done.version), done.vector)
     return done
@@ -648,8 +674,8 @@ async def upsert(self: Service,
             d = None if vector is not None else next(done)
             if d is not None and d.version != s.fingerprint: d = await self.encode(item, content, "document")  # 中间换了模型
             vectors.append(torch.tensor(vector) if d is None else d.vector)
-        if bad := [len(v) for v in vectors if len(v) != s.index.dim]: raise VembedError(f"向量是 {bad[0]} 维，索引是 {s.index.dim} 维")
-        new = await self._on_disk(s.index.upsert, [r[0] for r in rows], torch.stack(vectors), [r[4] for r in rows])
+        if bad := [v.shape[-1] for v in vectors if v.shape[-1] != s.index.dim]: raise VembedError(f"向量是 {bad[0]} 维，索引是 {s.index.dim} 维")
+        new = await self._on_disk(s.index.upsert, [r[0] for r in rows], together(vectors), [r[4] for r in rows])
         if await self._on_disk(self._compact, s.index): self.task = asyncio.create_task(self._refresh())
     return {"acknowledged": len(rows), "new": new}
 
@@ -695,7 +721,7 @@ async def swap(self: Service,
     async with self.writing:
         if self.draining: raise Refusal(503, "shutting_down", "服务正在停下", 1)
         old = self.searcher
-        local = self.config.writable and isinstance(old.index, VectorIndex)
+        local = self.config.writable and not is_far(old.index)
         if local: await self._on_disk(old.index.close)  # 放开锁；内存里的照常查
         try: new = await asyncio.to_thread(self.open, folder, old)
         except BaseException:
@@ -721,7 +747,7 @@ async def state(self: Service) -> dict:
 
 def _probe(self):
     "索引回来了没有。"
-    try: self._bounded(self.searcher, [Item("")], torch.ones(1, self.searcher.encoder.dim), 1); self.index_error = ""
+    try: self._bounded(self.searcher, [Item("")], together([torch.ones(1, self.searcher.encoder.dim) if self.many else torch.ones(self.searcher.encoder.dim)]), 1); self.index_error = ""
     except Exception as e: self._down(e)
 
 async def close(self: Service):
@@ -998,13 +1024,13 @@ def _search_routes(app, service):
 
     @app.post("/encode", summary="编码成向量", tags=["编码"])
     async def encode_items(request: Request, body: EncodeBody):
-        "回答 vectors（与 items 一一对应）、dim、model。"
+        "回答 vectors（与 items 一一对应；每个 token 一个向量的模型是一列向量）、dim、model。"
         if len(body.items) > service.config.max_items: raise bad(f"一次最多 {service.config.max_items} 样，这里有 {len(body.items)} 样", "too_many_items")
         pairs = [await service.read_item(i.text, None if i.image is None else from_base64(i.image)) for i in body.items]
         done = await asyncio.gather(*(service.encode(item, content, body.role) for item, content in pairs))
         if len({d.version for d in done}) > 1: done = await asyncio.gather(*(service.encode(item, content, body.role) for item, content in pairs))  # 中间换了模型
         request.scope["state"]["facts"].update(items=len(done))
-        return answer({"vectors": [d.vector.tolist() for d in done], "dim": len(done[0].vector), "model": done[0].version})
+        return answer({"vectors": [d.vector.tolist() for d in done], "dim": done[0].vector.shape[-1], "model": done[0].version})
 
 # %% ../../nbs/87_ship.server.ipynb #ce4c3393
 def _item_routes(app, service):
@@ -1023,6 +1049,7 @@ def _item_routes(app, service):
         if len(set(ids)) < len(ids): raise bad("这一批里有重复的 id", "bad_id")
         for i in body.items:
             meta, item, content = clean_meta(i.meta), None, b""
+            if i.vector is not None and service.many: raise bad("这个模型每个 token 一个向量，不能直接给 vector；给 text 或 image", "bad_vector")
             if i.vector is not None and (not i.vector or not all(map(math.isfinite, i.vector)) or not any(i.vector)): raise bad("vector 里有 NaN、无穷大，或者全是零", "bad_vector")
             if i.vector is None or i.text is not None or i.image is not None: item, content = await service.read_item(i.text, None if i.image is None else from_base64(i.image))
             if item is not None and item.text is not None: meta = {**meta, "text": item.text}
