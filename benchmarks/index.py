@@ -20,6 +20,7 @@ import torch
 
 from vembed_nb.core import machine, versions, write_json
 from vembed_nb.search.index import LADDERS, VectorIndex, flat_topk, load_index
+from vembed_nb.search.store import Growing
 from vembed_nb.vectors import normalize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def fastest(run, times=3):
 def approximate(kind, x, q, truth, base, folder, built):
     "一种近似索引：建、每一档的召回和速度（与平铺交替）、存下的字节、打开的时间。"
     index = VectorIndex(D, kind)
-    index._base, index._n, index._live = x, len(x), torch.ones(len(x), dtype=torch.bool)
+    index._array, index._n, index._live = Growing(x.numpy()), len(x), torch.ones(len(x), dtype=torch.bool)
     start, cpu = time.perf_counter(), time.process_time()
     built[kind] = index.build()
     row = dict(kind=kind, build_s=time.perf_counter() - start, build_cpu_s=time.process_time() - cpu, steps=[])

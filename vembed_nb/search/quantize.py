@@ -16,6 +16,7 @@ from ..core import VembedError, did_you_mean, need
 from ..data.tasks import Record
 from ..evaluate.metrics import bootstrap_ci, per_query
 from ..fonts import use_chinese_font
+from .index import VectorIndex
 from .multivector import PRECISIONS, code_width, pack, unpack
 from .store import Growing, Stored, mapped
 from ..vectors import normalize, topk, truncate
@@ -70,6 +71,7 @@ def rescored(
 # %% ../../nbs/65_search.quantize.ipynb #3801778b
 class QuantizedIndex(Stored):
     "压缩的单向量索引，分数是（近似的）余弦。接口同 `VectorIndex`。"
+    _take, _spec, _questions = VectorIndex._take, VectorIndex._spec, VectorIndex._questions  # 收下的、问的都是单个的向量
     TYPE, KEYS = "quantized", ("dim", "precision", "rescore", "keep", "oversample")
     FILES = {"codes": "codes.bin", "fine": "fine.bin", "scale": "scale.bin", "turn": "rotation.npy"}
 
@@ -99,15 +101,6 @@ class QuantizedIndex(Stored):
         x = truncate(x, self.keep)
         return x if self.turn is None else x @ self.turn
 
-    def _take(self, vectors):
-        "检查一批向量，变成 [N, dim] fp32。"
-        v = torch.atleast_2d(torch.as_tensor(vectors).detach().cpu().float())
-        if v.ndim != 2 or v.shape[1] != self.dim: raise VembedError(f"向量是 {list(v.shape)}，索引要 [N, {self.dim}]；两边要用同一个模型")
-        if not torch.isfinite(v).all(): raise VembedError(f"第 {int((~torch.isfinite(v)).any(1).nonzero()[0, 0])} 个向量有 NaN 或 Inf")
-        return {"vectors": v.numpy()}
-
-    def _spec(self): return {"vectors": (np.float32, (self.dim,))}
-
     def _push(self, x):
         v = torch.from_numpy(x["vectors"])
         codes = pack(self.coarse(v), self.precision)
@@ -129,8 +122,7 @@ def search(self,
 ) -> tuple:  # (分数 [Nq, k], 行号 [Nq, k])，分数从大到小
     "找最近的 k 个。库是空的、维数不合抛 `VembedError`。"
     if not len(self): raise VembedError("索引是空的；先 add 一些向量")
-    if not isinstance(k, int) or k < 1: raise VembedError(f"k={k!r} 不行，要一个至少是 1 的整数")
-    q, rows = normalize(torch.from_numpy(self._take(queries)["vectors"])), self.live(where)
+    q, rows = self._questions(queries, k), self.live(where)
     k = min(k, len(rows))
     if not len(q) or not k: return torch.zeros(len(q), k), torch.zeros(len(q), k, dtype=torch.long)
     near = self.coarse(q)

@@ -51,7 +51,9 @@ def _write(path, data, final=None):
     "写完、落盘，再改成最后的名字。"
     with open(path, "wb") as f:
         f.write(data); f.flush(); os.fsync(f.fileno())
-    if final is not None: os.replace(path, final)
+    if final is not None:
+        os.replace(path, final)
+        _sync_dir(Path(final).parent)
 
 def _pictures(folder):
     "还原图片用的钩子。"
@@ -101,6 +103,7 @@ class Rows:
             except (ValueError, KeyError, TypeError) as e: raise e if isinstance(e, VembedError) else VembedError(f"索引 {self.path.parent} 的 {self.path.name} 第 {a + 1} 到 {min(b, self.count)} 行读不懂（{type(e).__name__}：{e}）；重建它") from e
         return out + self.new[max(0, a - self.count):max(0, b - self.count)]
 
+# %% ../../nbs/61_search.store.ipynb #ae8ac347
 class _Column:
     "`Rows` 的一列，像一个只读的列表；与列表相等时 == 成立。"
     def __init__(self, rows, which): self.rows, self.which = rows, which
@@ -264,6 +267,7 @@ class Journal:
         if self.file is not None: os.close(self.file)
         self.file = None
 
+# %% ../../nbs/61_search.store.ipynb #2b1651af
 def read_journal(
     path,  # 日志文件
 ) -> tuple:  # ([改动], 好的字节数)
@@ -334,12 +338,13 @@ class Stored:
             return next((j for j in self._hashes[1, a:b].tolist() if self._live[j] and self.rows.read(j, j + 1, False)[0][0] == name), None)
 
 # %% ../../nbs/61_search.store.ipynb #1d90d3c8
+def _count(x): return len([*x.values()][-1])  # 最后一个数组，一样东西一行
+
 def _checked(self, ids, vectors, metas):
     "检查一批：(ids, 几个数组, 元数据)。"
     ids = [ids] if isinstance(ids, str) else list(ids)
     x, metas = self._take(vectors), [{} for _ in ids] if metas is None else list(metas)
-    n = len(list(x.values())[-1])
-    if not len(ids) == len(metas) == n: raise VembedError(f"有 {len(ids)} 个 id、{len(metas)} 份元数据、{n} 个向量，三者要一样多")
+    if not len(ids) == len(metas) == _count(x): raise VembedError(f"有 {len(ids)} 个 id、{len(metas)} 份元数据、{_count(x)} 个向量，三者要一样多")
     wrong = next((i for i in ids if not isinstance(i, str) or not i), None)
     if wrong is not None: raise VembedError(f"id 要是不空的字符串，这里有 {wrong!r}（{type(wrong).__name__}）；数字先用 str() 变一下")
     if not all(isinstance(m, dict) for m in metas): raise VembedError("元数据要是 dict，一样东西一份")
@@ -348,6 +353,7 @@ def _checked(self, ids, vectors, metas):
     if dup is not None: raise VembedError(f"id {dup!r} 在这一批里重复；索引里每个 id 只能有一个")
     return ids, x, metas
 
+# %% ../../nbs/61_search.store.ipynb #06c035ea
 def add(self,
     ids,  # [N] 字符串，不能与已有的重复
     vectors,  # [N, dim]；多向量索引是 Embeddings [N, L, dim] 加掩码
@@ -356,7 +362,7 @@ def add(self,
     "加入一批新的。维数不合、id 重复、数值坏掉，都抛 `VembedError`，索引不变。"
     ids, x, metas = self._checked(ids, vectors, metas)
     with self._write_lock:
-        dup = next((i for i in ids if i in self), None)
+        dup = next((i for i in ids if i in self), None) if len(self) else None
         if dup is not None: raise VembedError(f"id {dup!r} 重复；索引里每个 id 只能有一个，要换掉它用 upsert")
         self._log({"op": "upsert"}, ids, x, metas)
         self._put(ids, x, metas)
@@ -445,7 +451,7 @@ def _replay(self, records):
         if b'"$picture"' in (raw := json.dumps(rows, ensure_ascii=False).encode()): rows = json.loads(raw, object_hook=_pictures(self.folder))
         try: x = {name: np.frombuffer(base64.b64decode(r[name]), dtype).copy().reshape(-1, *shape) for name, (dtype, shape) in self._spec().items()}
         except (KeyError, ValueError) as e: raise VembedError(f"索引 {self.folder} 的日志与这种索引不合（{type(e).__name__}：{e}）；重建它") from e
-        if len(list(x.values())[-1]) != len(rows): raise VembedError(f"索引 {self.folder} 的日志里有 {len(rows)} 个 id、{len(list(x.values())[-1])} 个向量；重建它")
+        if _count(x) != len(rows): raise VembedError(f"索引 {self.folder} 的日志里有 {len(rows)} 个 id、{_count(x)} 个向量；重建它")
         self._put([m["id"] for m in rows], x, [m["meta"] for m in rows])
 
 for f in (_log, _put, _drop, _replay): setattr(Stored, f.__name__, f)
@@ -500,6 +506,7 @@ def fingerprint(
         h.update(p.detach().float().cpu().numpy().tobytes())
     return h.hexdigest()
 
+# %% ../../nbs/61_search.store.ipynb #05d6d9c8
 def _digest(path):
     "一个文件的 (字节数, 摘要)；顺便落盘。"
     h = hashlib.blake2b(digest_size=16)
@@ -531,7 +538,27 @@ def _manifest(folder):
     if not fine: raise VembedError(f"索引 {folder} 的 manifest.json 被改坏了；重建它")
     return m
 
-# %% ../../nbs/61_search.store.ipynb #05d6d9c8
+# %% ../../nbs/61_search.store.ipynb #97b1952a
+def _name(file, generation):
+    "某一代的文件名；第一代没有编号。"
+    stem, end = file.split(".")
+    return file if generation < 2 else f"{stem}.{generation}.{end}"
+
+def _generation(name):
+    "一个文件名是第几代的；不是索引的文件时为 0。"
+    m = re.fullmatch(r"([a-z]+)(?:\.(\d+))?\.([a-z]+)", name)
+    return int(m[2] or 1) if m and f"{m[1]}.{m[3]}" in _OURS else 0
+
+def _sweep(folder, manifest, used=None):
+    "去掉不属于这一代的文件，和没有人用的图。"
+    keep = {f["name"] for f in manifest["files"].values()} | {_name("wal.jsonl", manifest["generation"])}
+    for p in folder.iterdir():
+        if _generation(p.name) and p.name not in keep: p.unlink(missing_ok=True)
+    if used is not None and (folder/"pictures").is_dir():
+        for p in (folder/"pictures").iterdir():
+            if f"pictures/{p.name}" not in used: p.unlink(missing_ok=True)
+
+# %% ../../nbs/61_search.store.ipynb #b86ff7ce
 def save(self,
     folder=None,  # 文件夹；默认是打开时的那个
 ):
@@ -551,7 +578,6 @@ def save(self,
             _write(folder/".manifest.tmp", (json.dumps(manifest, ensure_ascii=False, indent=2, default=str) + "\n").encode(), folder/"manifest.json")
             made.clear()  # 从这一刻起，新的一代就是索引
             if own: self._journal.close(); self._journal, self.generation = fresh, generation
-            _sync_dir(folder)
             _sweep(folder, manifest, used)
     except BaseException as e:
         for p in made: p.unlink(missing_ok=True)
@@ -559,25 +585,6 @@ def save(self,
         raise
     finally:
         if lock is not None: lock.release()
-
-def _name(file, generation):
-    "某一代的文件名；第一代没有编号。"
-    stem, end = file.split(".")
-    return file if generation < 2 else f"{stem}.{generation}.{end}"
-
-def _generation(name):
-    "一个文件名是第几代的；不是索引的文件时为 0。"
-    m = re.fullmatch(r"([a-z]+)(?:\.(\d+))?\.([a-z]+)", name)
-    return int(m[2] or 1) if m and f"{m[1]}.{m[3]}" in _OURS else 0
-
-def _sweep(folder, manifest, used=None):
-    "去掉不属于这一代的文件，和没有人用的图。"
-    keep = {f["name"] for f in manifest["files"].values()} | {_name("wal.jsonl", manifest["generation"])}
-    for p in folder.iterdir():
-        if _generation(p.name) and p.name not in keep: p.unlink(missing_ok=True)
-    if used is not None and (folder/"pictures").is_dir():
-        for p in (folder/"pictures").iterdir():
-            if f"pictures/{p.name}" not in used: p.unlink(missing_ok=True)
 
 Stored.save = save
 
