@@ -708,7 +708,7 @@ def open_index(
 
 def _this_type(cls, folder):
     have = _type(_manifest(folder))
-    if have != cls.TYPE: raise VembedError(f"索引 {folder} 的 type 是 {have!r}，不是 {cls.TYPE!r}；用 load_index 打开")
+    if have not in (cls.TYPE, "milvus"): raise VembedError(f"索引 {folder} 的 type 是 {have!r}，不是 {cls.TYPE!r}；用 load_index 打开")
 
 def _load(cls, folder, encoder=None, metric=None, verify=False):
     "读一个这一种的索引，见 `load_index`。"
