@@ -116,11 +116,6 @@ class VectorIndex(Stored):
 
     def _vector(self, j): return torch.from_numpy(self._array[j:j + 1])[0]
 
-    def add(self, ids, vectors, metas=None):
-        "见 `Stored.add`。加了一大批，FAISS 的索引下次查找时重建；服务里不重建，留到存盘时。"
-        super().add(ids, vectors, metas)
-        if self._journal is None and self._n - self._indexed > .1 * self._indexed: self._faiss, self._indexed = None, 0
-
     def _push(self, x):
         v = x["vectors"]
         self._array.push(v if self.metric == "cosine" or len(self._array) else v.copy())  # 归一化过的已经是新的，不必再复制
@@ -163,7 +158,8 @@ def search(self,
     q = self._questions(queries, k)
     with self._state:
         if not len(self): raise VembedError("索引是空的；先 add 一些向量")
-        if self.kind != "flat" and where is None and self._faiss is None and self._journal is None: self.build()  # 服务里不在查找时建，save 时建
+        old = self._faiss is None or self.folder is None and self._n - self._indexed > .1 * self._indexed  # 打开的文件夹，后来加的一直精确地比
+        if self.kind != "flat" and where is None and old and self._journal is None: self.build()  # 服务里不在查找时建，save 时建
         parts, live, n, base = self._parts(), self._live[:self._n] if self._gone else None, self._n, self._indexed
         index, gone = self._faiss, self._gone
     if where is not None:

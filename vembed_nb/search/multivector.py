@@ -239,7 +239,7 @@ class MultiVectorIndex(Stored):
 COARSE_FACTOR = 16  # "pooled" 的粗库，几个 token 并成一个
 
 def build_coarse(self):  # 粗库；coarse="" 时是 None
-    "建粗库，包括现有的全部行。第一次搜索时自动建；后来加的不在里面，总是当候选，多到一成就重建（服务里不在搜索时建，留到存盘时）。"
+    "建粗库，包括现有的全部行。第一次搜索时自动建；后来加的不在里面，总是当候选；多到一成就重建（打开的文件夹不在搜索时重建，留到存盘时）。"
     if self.coarse == "centroid": self._coarse = Centroids(self.store)
     if self.coarse == "pooled":
         coarse = TokenStore(self.dim, "float16")
@@ -266,7 +266,7 @@ def search(self,
     if candidates and candidates < k: raise VembedError(f"候选只有 {candidates} 个，要不出前 {k} 名；candidates 至少和 k 一样大")
     q, rows = flat_tokens(queries, self.dim), self.live(where)
     if not len(q) or not len(rows): return torch.zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.long)
-    if candidates and candidates < len(rows) and self._is_old() and self._journal is None: self.build_coarse()
+    if candidates and candidates < len(rows) and self._journal is None and (self._coarse is None or self.folder is None and self._is_old()): self.build_coarse()
     coarse = self._coarse
     if not candidates or candidates >= len(rows) or coarse is None: return maxsim_topk(self.store, q, rows, k)
     found = [maxsim_topk(self.store, [one], near, k) for one, near in zip(q, _near(coarse, q, candidates, rows))]

@@ -638,10 +638,11 @@ def load_index(
         if metric is not None and metric != m.get("metric", "cosine"): raise VembedError(f"索引 {folder} 用的是 {m.get('metric', 'cosine')}，要的是 {metric}；分数不是一回事，重建索引")
         if _type(m) not in TYPES: raise VembedError(f"索引 {folder} 的 type 是 {_type(m)!r}，这里只认得 {'、'.join(TYPES)}；先 import 那一种索引的模块，或升级 vembed-nb")
         try: index = TYPES[_type(m)](folder, m, verify)
-        except _Stale:
-            if _manifest(folder) == m: break
-        else:
-            if _type(m) == "milvus" or _manifest(folder) == m: return index  # 别人刚好换了一代：重来
+        except (_Stale, VembedError) as e:
+            if _manifest(folder) != m: continue  # 别人刚好换了一代：重来
+            if isinstance(e, VembedError): raise
+            break
+        if _type(m) == "milvus" or _manifest(folder) == m: return index
     raise VembedError(f"索引 {folder} 缺文件：{'、'.join(f['name'] for f in m.get('files', {}).values() if not (folder/f['name']).exists()) or '数组或 items.jsonl'}；重建它")
 
 def _same_model(folder, m, encoder):
