@@ -174,15 +174,6 @@ def test_rows_keep_their_numbers():
 
 # ---------------------------------------------------------------- 存和读
 
-def test_old_names_are_here():
-    "从前在这里的名字，还从这里拿得到。"
-    from vembed_nb.search.index import Journal, Rows, fingerprint, open_index, read_journal
-    from vembed_nb.search.multivector import MultiVectorIndex, load_multivector
-    from vembed_nb.search.quantize import QuantizedIndex, load_quantized
-
-    assert all(map(callable, (Journal, Rows, fingerprint, open_index, read_journal))) and load_multivector == MultiVectorIndex.load and load_quantized == QuantizedIndex.load
-
-
 def test_service_does_not_build_while_searching(tmp_path):
     "可写地打开时，FAISS 的索引只在存盘时重建；之后加的精确地比。"
     built(300, "HNSW16").save(tmp_path / "i")

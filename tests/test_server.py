@@ -36,7 +36,7 @@ from vembed_nb.data.read import read_corpus
 from vembed_nb.data.tasks import Item
 from vembed_nb.models.load import load_encoder
 from vembed_nb.search.index import VectorIndex
-from vembed_nb.search.searcher import Searcher, build_index
+from vembed_nb.search.searcher import Searcher, build_index, open_index
 from vembed_nb.ship.server import Batcher, Buckets, Door, LOG, Refusal, ServeConfig, Service, VectorCache, clean_id, clean_meta, clean_where, make_app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -606,6 +606,22 @@ def test_a_service_with_a_vector_per_token(tmp_path, shop):
         assert r["dim"] == encoder.dim and [len(v) for v in r["vectors"]] == want.mask.sum(1).tolist()
         assert all(np.allclose(v, w[m], atol=1e-4) for v, w, m in zip(r["vectors"], want.vectors, want.mask))
         assert Client(port)("GET", "/ready").json["ready"]
+
+
+@pytest.mark.parametrize("model,options", [("micro", {"precision": "binary"}), ("tiny-colqwen2", {"coarse": "pooled"})])
+def test_every_kind_of_index_can_be_written(tmp_path, shop, micro, model, options):
+    "压缩的、每个 token 一个向量的，也能上架、下架、整理；返回了就是落了盘，服务占着锁。"
+    encoder = load_encoder(micro if model == "micro" else model)
+    corpus = tuple(x[:8] for x in read_corpus(shop / "corpus.jsonl"))
+    build_index(encoder, corpus, shop, str(micro) if model == "micro" else model, tmp_path / "i", **options)
+    with running(tmp_path / "i", writable=True, compact_bytes=1) as (service, port):
+        ask = Client(port)
+        assert ask("POST", "/items", {"items": [{"id": "新", "text": "紫色的雨伞", "meta": {"price": 3}}]}).json == {"acknowledged": 1, "new": 1}
+        assert "新" in open_index(tmp_path / "i") and ask.search("紫色的雨伞", 1, where={"price": 3}).json["hits"][0]["id"] == "新"
+        with pytest.raises(VembedError, match="别的进程"): open_index(tmp_path / "i", writable=True)
+        assert ask("DELETE", f"/items?id={corpus[0][0]}").json == {"deleted": 1}
+        assert corpus[0][0] not in open_index(tmp_path / "i", verify=True)
+    assert len(open_index(tmp_path / "i", verify=True)) == 8 and open_index(tmp_path / "i").generation > 1
 
 
 def test_the_cache_is_bounded_in_bytes():
