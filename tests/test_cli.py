@@ -230,6 +230,12 @@ def test_serve_says_what_is_missing(cli, tmp_path):
     sentence(cli("serve", "--index", tmp_path / "no", "快"), "键=值")
 
 
+def test_app_says_what_is_missing(cli, tmp_path):
+    sentence(cli("app", "--model", "tiny-clip"), "--index")
+    sentence(cli("app", "--index", tmp_path / "no"), "不是索引")
+    sentence(cli("app", *[x for n in "abc" for x in ("--index", tmp_path / n)]), "3")
+
+
 def test_encode_texts_and_pictures(cli, trained, toyshop, tmp_path, monkeypatch):
     "文字和图片混在一起；图片写相对路径或绝对路径都行。"
     picture = next((toyshop / "images").rglob("*.jpg"))
@@ -300,7 +306,7 @@ def test_doctor(cli):
     assert "torch" in cli("doctor").out
 
 
-HELP = ["quickstart", "train", "eval", "encode", "index", "search", "index-info", "index-compact", "pareto", "serve", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data list", "data prepare", "data cache", "data table", "data emoji"]
+HELP = ["quickstart", "train", "eval", "encode", "index", "search", "index-info", "index-compact", "pareto", "serve", "app", "export", "doctor", "pretrain", "data", "data toyshop", "data check", "data list", "data prepare", "data cache", "data table", "data emoji"]
 
 
 @pytest.mark.parametrize("command", HELP)

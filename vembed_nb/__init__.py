@@ -24,7 +24,7 @@ _ROOMS = {
     "Augment": "data.augment", "NoDuplicateBatches": "data.sample", "GroupedBatches": "data.sample", "MixedBatches": "data.sample", "prepare_set": "data.public",
     "evaluate_encoder": "evaluate.report", "EvalReport": "evaluate.report", "compare_reports": "evaluate.report", "load_report": "evaluate.report", "paired_test": "evaluate.metrics", "read_qrels": "evaluate.metrics", "write_run": "evaluate.metrics",
     "VectorIndex": "search.index", "MilvusIndex": "search.index", "make_index": "search.index", "load_index": "search.index", "MultiVectorIndex": "search.multivector", "FastPlaidIndex": "search.multivector", "QuantizedIndex": "search.quantize", "pareto": "search.quantize",
-    "Searcher": "search.searcher", "build_index": "search.searcher", "open_index": "search.searcher", "tune_cascade": "search.searcher", "Hits": "search.searcher", "ServeConfig": "ship.server", "serve": "ship.server",
+    "Searcher": "search.searcher", "build_index": "search.searcher", "open_index": "search.searcher", "tune_cascade": "search.searcher", "Hits": "search.searcher", "ServeConfig": "ship.server", "serve": "ship.server", "build_app": "ship.app", "launch_app": "ship.app",
     "gallery": "show.gallery", "curves": "show.curves", "failures": "show.gallery", "failure_sheet": "show.gallery", "make_map": "show.map", "explore": "show.explore", "rank_diff": "show.explore",
     "write_toyshop": "toyshop", "write_toypages": "toypages", "VembedError": "core",
 }

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'opt', 'main', 'quickstart_command', 'train', 'eval_command', 'encode', 'index_command', 'search',
-           'index_info', 'index_compact', 'pareto_command', 'serve_command', 'export_command', 'data_toyshop',
-           'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside', 'own_options', 'data_table',
-           'data_emoji', 'doctor_command', 'pretrain_command']
+           'index_info', 'index_compact', 'pareto_command', 'serve_command', 'app_command', 'export_command',
+           'data_toyshop', 'data_check', 'data_list', 'data_prepare', 'data_cache', 'facts_beside', 'own_options',
+           'data_table', 'data_emoji', 'doctor_command', 'pretrain_command']
 
 # %% ../nbs/98_cli.ipynb #d7ce9782
 import json
@@ -321,6 +321,18 @@ def serve_command(index: str = opt("", "索引文件夹（或环境变量 VEMBED
     config = ServeConfig.from_env(**given)
     if not config.index: raise VembedError("没有说索引在哪里：vembed serve --index 文件夹（先用 vembed index 建一个）")
     serve(config)
+
+# %% ../nbs/98_cli.ipynb #53880828
+@app.command("app", short_help="开一个网页：搜索、前后对比、热图、地图、改标注。")
+def app_command(index: list[str] = opt([], "索引文件夹；写两次就是前后对比。不写就开离线的玩具店", "--index"), model: str = opt("", "模型；默认用索引里记下的", "--model"),
+                compare: str = opt("", "和它比：另一个索引文件夹，或另一个模型（用它把同一个图库再编码一遍）", "--compare"), reranker: str = opt("", "重排器，例如 tiny-reranker", "--reranker"),
+                data: str = opt("", "已知的正例（JSONL），标在结果上，也算进导出的标注", "--data"), labels: str = opt("vembed-labels.jsonl", "改标注写到哪个 JSONL；空串就不能标", "--labels"), image_root: str = opt("", "图片根目录；默认用索引里记下的", "--image-root"),
+                host: str = opt("127.0.0.1", "监听的地址；默认只有本机连得上", "--host"), port: int = opt(7860, "端口；0 由系统挑", "--port"), share: bool = opt(False, "经 Gradio 的服务器给一个公网网址，要联网", "--share")):
+    "开一个网页：搜索（文字、图、图加文）、前后对比、热图、地图、改标注。不写 --index：有 ./vembed-quickstart 就用它的图库和微调过的模型，没有就画一个小玩具店。Ctrl-C 关门。"
+    if not index and (model or compare or reranker or data or image_root): raise VembedError("--model、--compare、--reranker、--data 和 --image-root 要和 --index 一起用；不写 --index 开的是玩具店")
+    from vembed_nb.ship.app import demo, launch_app, open_shelves
+    shelves, note = (open_shelves(index, model, compare, reranker, image_root, data), "") if index else demo()
+    launch_app(shelves, labels, host, port, share, inline=False, block=True, note=note)
 
 # %% ../nbs/98_cli.ipynb #d22cad21
 @app.command("export")
