@@ -174,6 +174,19 @@ def test_rows_keep_their_numbers():
 
 # ---------------------------------------------------------------- 存和读
 
+def test_search_parameters_are_set_and_kept(tmp_path):
+    "换了马上生效，存下去；没有的参数、平铺的索引拒绝。"
+    index = built(400, "IVF8,Flat")
+    q = vectors(20, 9)
+    exact = built(400, "flat").search(q, 5)[1]
+    index.set_params(nprobe=8)
+    assert torch.equal(index.search(q, 5)[1], exact)
+    index.save(tmp_path / "i")
+    assert VectorIndex.load(tmp_path / "i").params == {"nprobe": 8}
+    for bad in (index, built(10, "flat")):
+        with pytest.raises(VembedError): bad.set_params(efSearch=3)
+
+
 def test_service_does_not_build_while_searching(tmp_path):
     "可写地打开时，FAISS 的索引只在存盘时重建；之后加的精确地比。"
     built(300, "HNSW16").save(tmp_path / "i")

@@ -153,6 +153,9 @@ def test_cascade_equals_reranking_each_size(searcher):
     ceilings = [r["ceiling"] for r in table.rows[1:]]
     assert ceilings == sorted(ceilings) and ceilings[-1] == 1 and [r["seconds"] for r in table.rows] == sorted(r["seconds"] for r in table.rows)
     json.dumps(table.to_dict(), allow_nan=False)
+    test = table.compare(5)
+    assert test.n == 8 and test.delta == pytest.approx(table.rows[2]["ndcg@10"] - table.rows[0]["ndcg@10"]) and test.p <= 1
+    with pytest.raises(VembedError, match="7"): table.compare(7)
     assert table._repr_markdown_().count("\n") == 5
     for bad in ((), (0,)):
         with pytest.raises(VembedError): tune_cascade(searcher, records, bad)

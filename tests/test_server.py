@@ -29,15 +29,14 @@ from PIL import Image
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "multipart"): pytest.importorskip(package, reason=f"没有装 {package}：pip install 'vembed-nb[serve]'")
 
-import uvicorn
-
 from vembed_nb.core import VembedError
 from vembed_nb.data.read import read_corpus
 from vembed_nb.data.tasks import Item
 from vembed_nb.models.load import load_encoder
 from vembed_nb.search.index import VectorIndex
 from vembed_nb.search.searcher import Searcher, build_index, open_index
-from vembed_nb.ship.server import Batcher, Buckets, Door, LOG, Refusal, ServeConfig, Service, VectorCache, clean_id, clean_meta, clean_where, make_app
+from vembed_nb.ship import server
+from vembed_nb.ship.server import Batcher, Buckets, LOG, Refusal, ServeConfig, VectorCache, clean_id, clean_meta, clean_where
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "assets" / "deploy"
@@ -84,33 +83,9 @@ def form(_boundary="边界".encode().hex(), **parts):
     return out + f"--{_boundary}--\r\n".encode(), (), f"multipart/form-data; boundary={_boundary}"
 
 
-@contextmanager
 def running(index, cache=None, searcher=None, read_timeout=5.0, **options):
     "在另一个线程里开门；给出 (服务, 端口)。"
-    made, stop = {}, threading.Event()
-    def run():
-        async def main():
-            service = Service(ServeConfig(index=str(index), port=0, read_timeout=read_timeout, **options), searcher, cache)
-            server = uvicorn.Server(uvicorn.Config(make_app(service), "127.0.0.1", 0, http=type("D", (Door,), {"read_timeout": read_timeout}), ws="none", log_config=None, access_log=False,
-                                                   server_header=False, timeout_graceful_shutdown=10, h11_max_incomplete_event_size=32_768))
-            task = asyncio.create_task(server.serve())
-            while not server.started and not task.done(): await asyncio.sleep(.01)
-            made.update(service=service, port=server.servers[0].sockets[0].getsockname()[1])
-            while not stop.is_set(): await asyncio.sleep(.02)
-            server.should_exit = True
-            await task
-        try: asyncio.run(main())
-        except BaseException as e: made["error"] = e; raise
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 60
-    while "port" not in made and "error" not in made and time.monotonic() < deadline: time.sleep(.01)
-    assert "port" in made, made
-    try: yield made["service"], made["port"]
-    finally:
-        stop.set()
-        thread.join(30)
-        assert not thread.is_alive(), "服务没有停下来"
+    return server.running(ServeConfig(index=str(index), port=0, read_timeout=read_timeout, **{"drain": 10, **options}), searcher, cache)
 
 
 def png(color="red", size=(32, 32), kind="PNG"):

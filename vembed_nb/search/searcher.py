@@ -19,7 +19,7 @@ from ..core import VembedError
 from ..data.images import open_image
 from ..data.read import read_corpus
 from ..data.tasks import Item, as_item
-from ..evaluate.metrics import bootstrap_ci, per_query
+from ..evaluate.metrics import PairedTest, bootstrap_ci, paired_test, per_query
 from ..fonts import use_chinese_font
 from ..models.base import Encoder
 from ..models.load import load_encoder, load_reranker
@@ -237,6 +237,7 @@ class Cascade:
     rows: list  # [{"candidates", "ceiling", "hit@1", "ndcg@10", "ci", "seconds"}]，candidates=0 是不重排
     n_queries: int  # 查询数
     seconds_per_pair: float  # 每对的秒数，实测
+    values: dict = field(default_factory=dict, repr=False)  # 候选数 → [N] 每个查询的 NDCG@10
 
     def best(self,
         drop: float = 0.01,  # 准许 NDCG@10 比最好的那一档低多少
@@ -247,6 +248,14 @@ class Cascade:
         if not can: raise VembedError(f"每个查询 {seconds * 1000:.1f} ms 的预算太小，最便宜的一档要 {min(r['seconds'] for r in self.rows) * 1000:.1f} ms")
         top = max(r["ndcg@10"] for r in can)
         return min((r for r in can if r["ndcg@10"] >= top - drop), key=lambda r: r["seconds"])
+
+    def compare(self,
+        candidates: int,  # 哪一档
+        base: int = 0,  # 与哪一档比；0 是不重排
+    ) -> PairedTest:  # NDCG@10 的差
+        "逐个查询地比两档：重排到底是帮忙还是帮倒忙。没有这一档时抛 `VembedError`。"
+        if lost := [n for n in (candidates, base) if n not in self.values]: raise VembedError(f"没有 {lost[0]} 个候选的一档，有 {'、'.join(map(str, self.values))}")
+        return paired_test(self.values[base], self.values[candidates])
 
     def to_dict(self) -> dict:
         "可以存成 JSON 的样子。"
@@ -274,14 +283,15 @@ def tune_cascade(
     recall_seconds, start = (time.perf_counter() - start) / len(records), time.perf_counter()
     pairs = [(h.query, Item(m.get("text"), m.get("image"))) for h in found for m in h.metas[:steps[-1]]]
     scores = iter(searcher.reranker.score_pairs(pairs, batch_size, searcher.image_root, desc="重排").tolist())
-    each, rows = (time.perf_counter() - start) / len(pairs), []
+    each, rows, each_query = (time.perf_counter() - start) / len(pairs), [], {}
     scored = [[next(scores) for _ in h.ids[:steps[-1]]] for h in found]
     for n in (0, *steps):
         order = [[h.ids[j] for j in sorted(range(len(s[:n])), key=lambda j: -s[j])] + h.ids[n:] for h, s in zip(found, scored)]
         values = per_query([_ranks(o, r.positive_ids) for o, r in zip(order, records)])
+        each_query[n] = values["ndcg@10"]
         inside = [bool(set(h.ids[:n or 10]) & set(r.positive_ids)) for h, r in zip(found, records)]
         rows.append({"candidates": n, "ceiling": float(np.mean(inside)), "hit@1": float(values["hit@1"].mean()), "ndcg@10": float(values["ndcg@10"].mean()), "ci": bootstrap_ci(values["ndcg@10"]), "seconds": recall_seconds + n * each})
-    return Cascade(rows, len(records), each)
+    return Cascade(rows, len(records), each, each_query)
 
 def _ranks(order, positives):
     "正例的名次，升序；不在里面的排在无穷远。"

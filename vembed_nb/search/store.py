@@ -473,7 +473,7 @@ def mask(self,
             if not columns[key].values:
                 del self._codes[key]
                 known = {x for m in (m for _, m in self.rows.read(0, min(n, 1000), False)) for x in m}
-                raise VembedError(f"没有一样东西的元数据里有 {key!r}。{did_you_mean(key, known)}")
+                raise VembedError(f"没有一样东西的元数据里有 {key!r}。{did_you_mean(key, known) or ('有的键：' + '、'.join(sorted(known)[:12]) if known else '元数据都是空的')}")
             out &= torch.from_numpy(columns[key].mask(op, want)[:n])
     return out
 

@@ -8,12 +8,13 @@ __all__ = ['LOG', 'OPEN', 'ADMIN', 'FORM', 'ABOUT', 'ServeConfig', 'from_env', '
            'apart', 'together', 'Service', 'work', 'search', 'encode', 'upsert', 'delete', 'swap', 'state', 'close',
            'Strict', 'SearchBody', 'EncodeItem', 'EncodeBody', 'UpsertItem', 'UpsertBody', 'ReloadBody', 'bad',
            'clean_text', 'clean_id', 'clean_where', 'clean_meta', 'clean_image', 'from_base64', 'read_item', 'clean_k',
-           'InMemory', 'read_form', 'form_options', 'answer', 'form_docs', 'make_app', 'Server', 'serve']
+           'InMemory', 'read_form', 'form_options', 'answer', 'form_docs', 'make_app', 'Server', 'serve', 'running']
 
 # %% ../../nbs/87_ship.server.ipynb #3f7418cb
 import asyncio
 import base64
 import binascii
+import gc
 import hashlib
 import hmac
 import json
@@ -27,7 +28,7 @@ import time
 import uuid
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -1126,6 +1127,43 @@ def serve(
     logging.captureWarnings(True)
     service = Service(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key: say("没有设 api_key，谁都能查", logging.WARNING, host=config.host)
-    door = type("TimedDoor", (Door,), {"read_timeout": config.read_timeout})
-    Server(uvicorn.Config(make_app(service), config.host, config.port, http=door, ws="none", loop="auto", lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                          timeout_keep_alive=30, timeout_graceful_shutdown=math.ceil(config.drain), h11_max_incomplete_event_size=32_768)).run()
+    gc.collect(); gc.freeze()  # 装载好的模块和模型不再扫：扫一遍要停 0.2 秒，正在等的请求全都跟着等
+    _server(service).run()
+
+def _server(service):
+    "装好门的 uvicorn。"
+    c = service.config
+    door = type("TimedDoor", (Door,), {"read_timeout": c.read_timeout})
+    return Server(uvicorn.Config(make_app(service), c.host, c.port, http=door, ws="none", loop="auto", lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+                                 timeout_keep_alive=30, timeout_graceful_shutdown=math.ceil(c.drain), h11_max_incomplete_event_size=32_768))
+
+# %% ../../nbs/87_ship.server.ipynb #2116b0fa
+@contextmanager
+def running(
+    config: ServeConfig,  # 设定；port=0 由系统挑
+    searcher: Searcher | None = None,  # 见 `Service`
+    cache: VectorCache | None = None,  # 见 `Service`
+):  # 给出 (Service, 端口)
+    "在另一个线程里开着的服务。开不了时抛当时的错。"
+    made, stop = {}, threading.Event()
+    async def main():
+        made["service"] = Service(config, searcher, cache)
+        server = _server(made["service"])
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done(): await asyncio.sleep(.01)
+        if server.started: made["port"] = server.servers[0].sockets[0].getsockname()[1]
+        while not stop.is_set() and not task.done(): await asyncio.sleep(.02)
+        server.should_exit = True
+        await task
+    def run():
+        try: asyncio.run(main())
+        except BaseException as e: made["error"] = e
+        finally: opened.set()
+    opened, thread = threading.Event(), threading.Thread(target=run, daemon=True)
+    thread.start()
+    while "port" not in made and not opened.wait(.01): pass
+    if "port" not in made: raise made.get("error") or VembedError(f"{config.host}:{config.port} 开不了")
+    try: yield made["service"], made["port"]
+    finally:
+        stop.set()
+        thread.join(config.drain + 10)
