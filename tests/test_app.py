@@ -459,7 +459,7 @@ def test_many_at_once(site, shop):
 
 def test_port_taken_and_no_gradio(site, shop, monkeypatch):
     port = int(site.url.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(VembedError, match="port"): A.launch_app(shop, "", port=port, inline=False, say=lambda text: None)
+    with pytest.raises(VembedError, match="换一个端口"): A.launch_app(shop, "", port=port, inline=False, say=lambda text: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(VembedError, match="pip install gradio"): A.launch_app(shop, "", port=0)
 

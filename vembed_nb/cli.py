@@ -233,7 +233,7 @@ def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 ima
     encoder = load_encoder(model)
     if not kind.startswith("milvus:"): empty_index(encoder, None, kind, **options)  # 选项写错了，现在就说
     corpus, bad = drop_broken_corpus(corpus, root, strict)
-    index = build_index(encoder, corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind, recall=recall, **options)
+    index = build_index(encoder, corpus, root, resolve_model(model) if Path(model).is_dir() else model, out, kind, recall=recall, replace=overwrite, **options)
     _say_bad(bad)
     print(f"{len(corpus[0])} 样东西，索引在 {out}" + (f"；{', '.join(f'{k}={v}' for k, v in index.params.items())}" if recall else ""))
 
@@ -263,6 +263,7 @@ def search(query: str = typer.Argument(..., help="一句话，或一张图的路
     picture = open_image(os.path.basename(query), os.path.dirname(query)) if looks_like_image(query) else None
     hits = Searcher(index, reranker=rerank or None).search(Item(text or None, picture) if picture is not None else Item(query), k, where=condition, unique=unique, candidates=candidates or None)
     if as_json: return print(json.dumps(hits.to_dict(), ensure_ascii=False, indent=2))
+    if not len(hits): print("没有一样符合条件。", file=sys.stderr)
     for h in hits.to_dict()["hits"]: print(f"{h['rank']:>3}  {'  —  ' if h['score'] is None else format(h['score'], '.3f')}  {h.get('image') or h.get('text') or h['id']}")
 
 # %% ../nbs/98_cli.ipynb #6b97c298
@@ -274,7 +275,7 @@ def index_info(folder: str = typer.Argument(..., help="索引文件夹"), verify
     index = open_index(folder, verify=verify)
     m = json.loads((Path(folder)/"manifest.json").read_text(encoding="utf-8"))
     facts = {"种类": m.get("type") or m["kind"], "现在有": len(index), "上次存的时候": m["count"], "维数": m["dim"], "比法": m.get("metric", "cosine"), "模型": m.get("model", "没有记下"), "指纹": m.get("fingerprint", "没有记下"), "第几代": m.get("generation", 1),
-             "字节": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()), "没整理的改动": sum(len(read_journal(p)[0]) for p in Path(folder).glob("wal*.jsonl"))}
+             **({} if m.get("kind", "").startswith("milvus:") else {"字节": sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())}), "没整理的改动": sum(len(read_journal(p)[0]) for p in Path(folder).glob("wal*.jsonl"))}
     facts |= {k: m[k] for k in ("params", "precision", "rescore", "keep", "pool", "coarse") if m.get(k)}
     print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(f"{k}：{v:,}" if isinstance(v, int) else f"{k}：{v}" for k, v in facts.items()))
 
@@ -284,7 +285,7 @@ def index_compact(folder: str = typer.Argument(..., help="索引文件夹")):
     from vembed_nb.search.searcher import open_index
     with open_index(folder, writable=True) as index:
         index.save()
-        print(f"{len(index)} 样东西，第 {index.generation} 代")
+        print(f"{len(index)} 样东西" + (f"，第 {index.generation} 代" if hasattr(index, "generation") else ""))
 
 @app.command("pareto")
 def pareto_command(data: str = opt(..., "测试数据", "--data"), model: str = opt("tiny-clip", "模型", "--model"), image_root: str = opt("", "图片根目录", "--image-root"), corpus: str = opt("", "图库 corpus.jsonl；none 表示只用数据里出现的文档", "--corpus"), columns: str = opt("", "列名映射", "--columns"),

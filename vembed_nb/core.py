@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'VembedError', 'nearest', 'did_you_mean', 'need', 'mode', 'default_device', 'set_seed', 'stable_id',
-           'atomic_file', 'write_text', 'write_json', 'atomic_dir', 'check_dir', 'claim_dir', 'versions', 'machine',
-           'progress', 'as_jpeg']
+           'atomic_file', 'write_text', 'write_json', 'atomic_dir', 'check_dir', 'claim_dir', 'check_port', 'versions',
+           'machine', 'progress', 'as_jpeg']
 
 # %% ../nbs/00_core.ipynb #78f11e76
 import hashlib
@@ -167,6 +167,20 @@ def claim_dir(
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise VembedError(f"输出文件夹 {path} 建不了：{e.strerror}；换一个 --out") from e
     return path
+
+# %% ../nbs/00_core.ipynb #3ea1168d
+def check_port(
+    host: str,  # 监听的地址
+    port: int,  # 端口；0 由系统挑
+) -> int:  # 占得到的端口；给 0 时是系统挑的那个
+    "占不占得到一个端口；占不到抛 `VembedError`。"
+    import socket
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind((host, port))
+            return s.getsockname()[1]
+    except (OSError, OverflowError) as e: raise VembedError(f"{host}:{port} 开不了（{'端口最大是 65535' if isinstance(e, OverflowError) else e.strerror or e}）；换一个端口，或写 0 由系统挑") from None
 
 # %% ../nbs/00_core.ipynb #b9f93bf6
 PACKAGES = "torch transformers peft accelerate datasets faiss-cpu numpy pillow matplotlib gradio".split()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_LINE', 'READERS', 'SPLITS', 'PACKED', 'SMALL', 'CORPUS_FIELDS', 'text_encoding', 'need_columns', 'data_files',
            'read_rows', 'is_saved', 'check_columns', 'rename_columns', 'parse_columns', 'Records', 'keys', 'lengths',
-           'cache_folder', 'cache_files', 'tidy_cache', 'fetch_url', 'read_records', 'read_corpus', 'gallery_of']
+           'cache_folder', 'cache_files', 'tidy_cache', 'fetch_url', 'read_records', 'number_columns', 'is_table',
+           'read_corpus', 'gallery_of']
 
 # %% ../../nbs/12_data.read.ipynb #a1a8c6bc
 import codecs
@@ -639,6 +640,20 @@ def _cached(src, stream, mode, options):
     return records
 
 # %% ../../nbs/12_data.read.ipynb #e2760676
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d{1,15})?", re.A)
+
+def number_columns(
+    metas: list,  # [dict]，原地改
+) -> list:  # 同一个列表
+    "全是数的列变成数；空着的还是空串。"
+    for key in {k for m in metas for k in m}:
+        have = [m[key] for m in metas if m.get(key) not in (None, "")]
+        if not have or not all(isinstance(v, str) and _NUMBER.fullmatch(v) for v in have): continue
+        for m in metas:
+            if m.get(key): m[key] = float(m[key]) if "." in m[key] else int(m[key])
+    return metas
+
+# %% ../../nbs/12_data.read.ipynb #dfd4981c
 def _corpus_item(row, where, fetch):
     "一行里的 text 和 image → Item。"
     text, image = row.pop("text", None), row.pop("image", None)
@@ -655,6 +670,12 @@ def _corpus_row(row, columns):
     "按 `columns` 改名；与字段同名、却没有被选中的列加上 `meta_`。"
     rest = {f"meta_{k}" if k in columns else k: v for k, v in row.items() if k not in columns.values()}
     return rest | {f: row[c] for f, c in columns.items() if c in row}
+
+def is_table(
+    path,  # 来源
+) -> bool:
+    "是不是 CSV、TSV（可以是 .gz）。"
+    return isinstance(path, (str, os.PathLike)) and os.path.splitext(str(path).lower().removesuffix(".gz"))[1] in (".csv", ".tsv")
 
 def read_corpus(
     path,  # 与 `read_records` 的来源相同，每行 id + image 或 text；没有 id 时用内容当 id
@@ -679,7 +700,7 @@ def read_corpus(
         ids.append(doc); items.append(item); metas.append(row)
     if not ids: raise VembedError(f"{src.name} 里没有一行；图库至少要有一样东西")
     need_columns(found, columns, src.name)
-    return ids, items, metas
+    return ids, items, number_columns(metas) if is_table(path) else metas
 
 def gallery_of(
     records,  # Record 的列表

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import VembedError, claim_dir, did_you_mean, write_json
 from .check import alike, guard_output, look_all, plain_json, root_of, root_text
-from .read import need_columns, read_rows
+from .read import need_columns, number_columns, read_rows
 from .tasks import as_label, check_text, few, one_line
 
 # %% ../../nbs/18_data.table.ipynb #7e4218ff
@@ -115,6 +115,8 @@ def _write_part(out, split, rows):
     write = lambda name, lines: (out/name).write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
     write(f"{split}.jsonl", records)
     if split == "test":
-        write("corpus.jsonl", ({**r["meta"], "id": i, "image": i} for i, r in {r["image"]: r for r in reversed(rows)}.items()))
+        shelf = {r["image"]: dict(r["meta"]) for r in reversed(rows)}
+        number_columns(list(shelf.values()))
+        write("corpus.jsonl", ({**meta, "id": i, "image": i} for i, meta in shelf.items()))
         (out/"qrels.tsv").write_text("".join(["query-id\tcorpus-id\tscore\n", *(qrels_line(r["query_id"], p) for r in records for p in r["positives"])]), encoding="utf-8")
     return {"records": len(records), "images": len({r["image"] for r in rows})}

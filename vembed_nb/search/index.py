@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LADDERS', 'flat_topk', 'VectorIndex', 'search', 'build', 'tune', 'set_params', 'milvus_filter',
-           'MilvusIndex', 'make_index']
+           'MilvusIndex', 'drop', 'make_index']
 
 # %% ../../nbs/62_search.index.ipynb #7b80c908
 import json
@@ -103,6 +103,7 @@ class VectorIndex(Stored):
         super().__init__(dim, info)
         if metric not in METRICS: raise VembedError(f"metric={metric!r} 不行，可选 {'、'.join(METRICS)}")
         if kind.startswith("B") and (dim % 8 or metric != "cosine"): raise VembedError(f"二值索引 {kind} 要维数是 8 的倍数、metric=\"cosine\"，这里是 {dim} 维、{metric}")
+        if kind == "flat" and params: raise VembedError(f"flat 是精确的，没有参数 {next(iter(params))}；要调参数用 IVF 或 HNSW")
         self.kind, self.metric, self.params, self._array = kind, metric, dict(params or {}), Growing(np.zeros((0, dim), np.float32))
         self._faiss, self._indexed = None, 0  # FAISS 索引，里面有前几行
 
@@ -188,9 +189,17 @@ def build(self):  # FAISS 的索引
         if not index.is_trained: index.train(data)
         index.add(data)
         self._tell(index, {k: x for k, x in self.params.items() if k != "efConstruction"})
-    except RuntimeError as e: raise VembedError(f"FAISS 建不出 {self.kind!r}（{len(v)} 个 {self.dim} 维向量）：{str(e).splitlines()[-1][:160]}") from e
+    except RuntimeError as e: raise VembedError(f"FAISS 建不出 {self.kind!r}（{len(v)} 个 {self.dim} 维向量）：{_why(self.kind, len(v), str(e))}") from e
     with self._state: self._faiss, self._indexed = index, len(v)
     return index
+
+def _why(kind, n, error):
+    "FAISS 的 C++ 错误 → 一句中文。"
+    lists = re.search(r"IVF(\d+)", kind)
+    if lists and int(lists[1]) > n: return f"要分 {lists[1]} 堆，向量却只有 {n} 个；每堆至少几十个才有意义，例如 IVF{max(1, n // 40)},Flat"
+    if "training points" in error: return f"PQ 每段要 256 个中心，训练的向量只有 {n} 个；东西少时用 flat 或 HNSW32"
+    if "could not parse" in error or "index_factory" in error: return "不认得这个工厂字符串；例如 HNSW32、\"IVF256,Flat\"、SQ8、PQ32np"
+    return error.splitlines()[-1][-160:]
 
 def _tell(self, index, params):
     "设搜索参数。"
@@ -493,9 +502,10 @@ def _milvus_filter(self, where):
     if not out: self._empty(where)
     return out
 
-def _milvus_save(self, folder):
-    "写一个指着这个库的 manifest.json；向量本来就在库里。"
-    folder = Path(folder)
+def _milvus_save(self, folder=None):
+    "写一个指着这个库的 manifest.json；向量本来就在库里。不写文件夹时是打开时的那个。"
+    if folder is None and getattr(self, "folder", None) is None: raise VembedError("没有说存到哪里：save(文件夹)")
+    folder = Path(folder if folder is not None else self.folder)
     folder.mkdir(parents=True, exist_ok=True)
     uri = self.uri if "://" in self.uri else os.path.relpath(self.uri, folder)
     write_json(folder/"manifest.json", {**self.info, "format": FORMAT, "dim": self.dim, "kind": f"milvus:{uri}", "metric": self.metric, "normalized": self.metric == "cosine", "count": len(self), "collection": self.name})
@@ -505,8 +515,16 @@ def _from_manifest(folder, m):
     uri = m["kind"].removeprefix("milvus:")
     path = uri if "://" in uri else str(Path(folder)/uri)
     if "://" not in uri and not Path(path).exists(): raise VembedError(f"索引 {folder} 指着的 Milvus 文件 {uri} 不在了；重建它")
-    return MilvusIndex(m["dim"], path, info={k: v for k, v in m.items() if k not in (*RESERVED, "collection")}, metric=m["metric"], name=m.get("collection", "items"))
+    index = MilvusIndex(m["dim"], path, info={k: v for k, v in m.items() if k not in (*RESERVED, "collection")}, metric=m["metric"], name=m.get("collection", "items"))
+    index.folder = Path(folder)
+    return index
 
+def drop(self):
+    "删掉这个集合里的全部东西，重新建一个空的。"
+    self._call("drop_collection")
+    self._create()
+
+MilvusIndex.drop = drop
 MilvusIndex.search, MilvusIndex._empty, MilvusIndex.find, MilvusIndex.filter, MilvusIndex.save = _milvus_search, _empty, _milvus_find, _milvus_filter, _milvus_save
 MilvusIndex._seen_or_get = lambda self, pk: (self.ids[pk], self.metas[pk])
 MilvusIndex.from_manifest, MilvusIndex.load = staticmethod(_from_manifest), staticmethod(load_index)

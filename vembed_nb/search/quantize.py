@@ -275,6 +275,9 @@ def pareto(
     "维数 × 精度 × 重打分，每一组都真的建一个索引、真的搜一遍。第一行总是全部维数的 float32。"
     q, d = (torch.as_tensor(x).detach().cpu().float() for x in (q, d))
     positives, D = relevant_rows(positives, ids), d.shape[1]
+    for what, given, known in (("precisions", precisions, PRECISIONS), ("rescores", rescores, ("", "self", *PRECISIONS))):
+        if bad := [x for x in given if x not in known]: raise VembedError(f"{what} 里的 {bad[0]!r} 不行。{did_you_mean(bad[0], known)}可选 {'、'.join(x or '空串' for x in known)}")
+    if bad := [n for n in dims or () if not 1 <= n <= D]: raise VembedError(f"dims 里的 {bad[0]} 不行：向量是 {D} 维，要在 1 到 {D} 之间")
     if not len(q) == len(positives): raise VembedError(f"有 {len(q)} 个查询向量，却有 {len(positives)} 组正例")
     dims = sorted(dims or {D, *(D // n for n in (2, 4) if D // n >= 8)}, reverse=True)
     worth = lambda n, p, r: not r or (p == "binary" if r == "self" else PRECISIONS[r] > PRECISIONS[p] or n < D)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import VembedError
+from ..core import VembedError, did_you_mean
 from ..data.images import open_image
 from ..data.read import read_corpus
 from ..data.tasks import Item, as_item
@@ -100,17 +100,21 @@ def build_index(
     kind: str = "flat",  # 见 `empty_index`
     batch_size: int = 128,  # 编码时每批几个
     recall: float = 0,  # 近似的索引：调到精确前 10 名的几成，0 到 1；0 不调
+    replace: bool = False,  # Milvus：集合里已有的东西先删掉
     **options,  # 其余的见 `empty_index`
 ):  # 建好的索引
     "编码一个图库并建索引。"
     ids, items, metas = corpus
     relative = lambda p: os.path.relpath(p, out) if out and p and Path(p).exists() else str(p)
     info = {"model": relative(model), "fingerprint": fingerprint(encoder), "image_root": relative(image_root or "."), "notes": encoder.card.model_type}
+    if not 0 <= recall <= 1: raise VembedError(f"recall={recall} 不行，要在 0 到 1 之间，例如 0.95")
     if recall and not any(x in kind for x in ("IVF", "HNSW")): raise VembedError(f"recall={recall} 用不上：{kind} 没有可调的搜索参数，IVF 和 HNSW 才有")
     index = empty_index(encoder, info, kind, **options)
     whole = [{**m, **{k: v for k, v in (("image", i.image), ("text", i.text)) if v is not None}} for i, m in zip(items, metas)]
     vectors = encoder.encode(items, batch_size, image_root=image_root, desc="编码图库")
+    if replace and isinstance(index, MilvusIndex): index.drop()
     index.add(ids, vectors, whole)
+    if kind != "flat" and isinstance(index, VectorIndex): index.build()  # 建不出来，就不要留下半个文件夹
     if recall: index.tune(vectors[:: max(1, len(vectors) // 300)], recall)
     if out: index.save(out)
     return index
@@ -187,6 +191,7 @@ def recall(self: Searcher,
         t0 = time.perf_counter()
         found = self._nearest(vectors, min(n, total), where)
         t1 = time.perf_counter()
+        if unique and (seen := {key for rows in found for r in rows for key in r[2]}) and unique not in seen: raise VembedError(f"unique={unique!r}：找到的东西的元数据里都没有这个键。{did_you_mean(unique, seen)}有的键：{'、'.join(sorted(seen)[:12])}")
         kept = [_sift(rows, keep, unique) for rows in found] if filtering else found
         spent = [spent[0] + t1 - t0, spent[1] + time.perf_counter() - t1]
         if n >= total or all(len(s) >= k or len(f) < min(n, total) for s, f in zip(kept, found)): break

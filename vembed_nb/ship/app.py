@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import VembedError, need, stable_id, write_text
+from ..core import VembedError, check_port, need, stable_id, write_text
 from ..data.images import open_image
 from ..data.read import read_corpus, read_records
 from ..data.tasks import Item, embed_picture, one_line, picture_id
@@ -713,7 +714,7 @@ def query_part(
     c["rerank"] = gr.Checkbox(False, label="重排（慢一些）", visible=any(s.reranker for s in shelves.sides.values()))
     with gr.Accordion("筛选", open=False, elem_classes="vm-filter"):
         c["fields"] = [field_ for f in shelves.facets for field_ in _field(gr, f)]
-        c["more"] = raw(gr.Textbox(label="更多条件（JSON）", placeholder='{"价格": {"<": 100}}'))
+        c["more"] = raw(gr.Textbox(label="更多条件（JSON）", placeholder=json.dumps({next((f["key"] for f in shelves.facets if f["kind"] == "range"), "价格"): {"<": 100}}, ensure_ascii=False)))
         c["clear"] = gr.Button("清空筛选", size="sm")
     return c
 
@@ -741,7 +742,7 @@ def result_part(
     from importlib.util import find_spec
     gr, c, names = need("gradio"), {}, list(shelves.sides)
     c["message"] = gr.HTML("", elem_classes="vm-message")
-    c["cards"] = gr.HTML('<p class="vm-note">输入一句话、放一张图，或点一个例题。</p>', js_on_load=CLICK, apply_default_css=False, elem_classes="vm-results")
+    c["cards"] = gr.HTML(f'<p class="vm-note">输入一句话、放一张图{"，或点一个例题" if shelves.examples else ""}。</p>', js_on_load=CLICK, apply_default_css=False, elem_classes="vm-results")
     with gr.Tabs():
         with gr.Tab("选中的") as c["tab_one"]:
             c["one"] = gr.HTML('<p class="vm-note">在上面点一张。</p>', apply_default_css=False)
@@ -954,13 +955,6 @@ def _font_route():
     from starlette.routing import Route
     return Route("/vembed/font.otf", lambda request: FileResponse(font_path(), media_type="font/otf", headers={"cache-control": "max-age=604800"}))
 
-def _free_port(host):
-    "系统挑的一个空的端口。"
-    import socket
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
-
 # %% ../../nbs/88_ship.app.ipynb #0e392d00
 def launch_app(
     shelves=None,  # 见 `build_app`；不给就是离线的 `demo`
@@ -975,20 +969,22 @@ def launch_app(
 ) -> App:
     "开门。端口被占、没装 gradio，抛 `VembedError`。"
     gr = need("gradio")
+    port = check_port(host, port)
     if shelves is None: shelves, note = demo(say=say)
     blocks = build_app(shelves, labels, note=note)
     blocks.queue(default_concurrency_limit=4, max_size=64)
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=list(FONTS), font_mono=["ui-monospace", "Consolas", *FONTS[1:]])
-    try:
-        _, url, public = blocks.launch(server_name=host, server_port=port or _free_port(host), share=share, inline=inline, prevent_thread_lock=True, quiet=True, theme=theme, footer_links=[], run_history=False,
-                                       max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, state_session_capacity=128, height=900, head=HEAD, app_kwargs={"routes": [_font_route()]})
-    except OSError as e: raise VembedError(f"{host}:{port} 开不了（{one_line(e, 100)}）；换一个 --port，或写 0 由系统挑") from e
+    _, url, public = blocks.launch(server_name=host, server_port=port, share=share, inline=inline, prevent_thread_lock=True, quiet=True, theme=theme, footer_links=[], run_history=False,
+                                   max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, state_session_capacity=128, height=900, head=HEAD, app_kwargs={"routes": [_font_route()]})
     app = App(blocks, public or url)
     say(f"检索台开在 {app.url}" + ("（Ctrl-C 关门）" if block else ""))
     if host not in ("127.0.0.1", "localhost", "::1") or share: say("注意：能打开这个网址的人都能搜，也都能标注。")
     if block:
-        try: blocks.block_thread()
-        finally: app.close()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # 编排系统叫停，和 Ctrl-C 一样收拾
+        try:
+            while True: time.sleep(3600)
+        except KeyboardInterrupt: say("关门了。")
+        finally: signal.signal(signal.SIGTERM, before); app.close()
     return app
 
 # %% ../../nbs/88_ship.app.ipynb #74cd522a

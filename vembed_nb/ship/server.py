@@ -8,7 +8,8 @@ __all__ = ['LOG', 'OPEN', 'ADMIN', 'FORM', 'ABOUT', 'ServeConfig', 'from_env', '
            'apart', 'together', 'Service', 'work', 'search', 'encode', 'upsert', 'delete', 'swap', 'state', 'close',
            'Strict', 'SearchBody', 'EncodeItem', 'EncodeBody', 'UpsertItem', 'UpsertBody', 'ReloadBody', 'bad',
            'clean_text', 'clean_id', 'clean_where', 'clean_meta', 'clean_image', 'from_base64', 'read_item', 'clean_k',
-           'InMemory', 'read_form', 'form_options', 'answer', 'form_docs', 'make_app', 'Server', 'serve', 'running']
+           'InMemory', 'read_form', 'form_options', 'docs_page', 'answer', 'form_docs', 'make_app', 'Server', 'serve',
+           'running']
 
 # %% ../../nbs/87_ship.server.ipynb #3f7418cb
 import asyncio
@@ -17,6 +18,7 @@ import binascii
 import gc
 import hashlib
 import hmac
+import html
 import json
 import logging
 import math
@@ -45,7 +47,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..core import VembedError, did_you_mean, need
+from ..core import VembedError, check_port, did_you_mean, need
 from ..data.images import fit, open_image
 from ..data.tasks import Item, embed_picture
 from ..models.load import load_encoder, load_reranker
@@ -92,6 +94,7 @@ class ServeConfig:
         positive = ("cache_size", "max_batch", "max_queue", "max_upload", "max_pixels", "max_text", "max_k", "max_items", "timeout", "index_timeout", "read_timeout", "drain", "cache_seconds", "compact_bytes")
         bad = [n for n in positive if not getattr(self, n) > 0] + [n for n in ("max_wait_ms", "rate", "burst", "threads", "port") if getattr(self, n) < 0]
         if bad: raise VembedError(f"服务的设定 {bad[0]}={getattr(self, bad[0])!r} 不行，要是正数")
+        if self.port > 65_535: raise VembedError(f"端口 {self.port} 不行，最大是 65535")
         if self.writable and not (self.api_key or self.admin_key) and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise VembedError(f"在 {self.host} 上开放上架和下架而没有钥匙，谁都能改你的库；加上 --admin-key（或环境变量 VEMBED_SERVE_ADMIN_KEY）")
 
@@ -953,6 +956,27 @@ def _why(error):
     return f"{where} {words.get(kind, '不对（' + kind + '）')}"
 
 # %% ../../nbs/87_ship.server.ipynb #1587d54c
+def docs_page(
+    api: dict,  # `app.openapi()`
+) -> str:  # HTML
+    "一页没有脚本的文档。"
+    say_, schemas = lambda x: html.escape(str(x or "")), api.get("components", {}).get("schemas", {})
+    def fields(schema):
+        schema = schemas.get(schema.get("$ref", "").split("/")[-1], schema)
+        for name, p in schema.get("properties", {}).items():
+            kinds = [x.get("type", x.get("$ref", "").split("/")[-1]) for x in (p.get("anyOf") or [p])]
+            yield name, " 或 ".join(k for k in kinds if k != "null"), "必填" if name in schema.get("required", ()) else "", p.get("description", "")
+    parts = [f"<h1>{say_(api['info']['title'])}</h1><pre>{say_(api['info']['description'])}</pre><p><a href='openapi.json'>openapi.json</a></p>"]
+    for path, methods in api["paths"].items():
+        for method, op in methods.items():
+            rows = [(p["name"], p["schema"].get("type", ""), "必填" if p.get("required") else "", p.get("description", "")) for p in op.get("parameters", ())]
+            for kind, body in op.get("requestBody", {}).get("content", {}).items(): rows += [(f"{n}（{kind.split('/')[1]}）", *more) for n, *more in fields(body["schema"])]
+            table = "".join("<tr>" + "".join(f"<td>{say_(x)}</td>" for x in r) + "</tr>" for r in rows)
+            parts.append(f"<h2><code>{method.upper()} {say_(path)}</code> {say_(op.get('summary'))}</h2><p>{say_(op.get('description'))}</p>" + (f"<table>{table}</table>" if rows else ""))
+    style = "body{font:16px/1.6 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1e293b}pre{white-space:pre-wrap;font:inherit}table{border-collapse:collapse}td{border-bottom:1px solid #ddd;padding:.2rem .8rem .2rem 0;vertical-align:top}h2{margin-top:2rem;font-size:1.1rem}"
+    return f"<!doctype html><html lang='zh'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{say_(api['info']['title'])}</title><style>{style}</style>{''.join(parts)}</html>"
+
+# %% ../../nbs/87_ship.server.ipynb #91d0c64f
 ABOUT = """以文搜图、以图搜图、图加文搜图，编码，上架与下架。
 
 - **钥匙**：`X-API-Key: …`，或 `Authorization: Bearer …`。
@@ -984,7 +1008,7 @@ def make_app(
         yield
         await service.close()
     errors = {c: {"description": d} for c, d in ((401, "钥匙不对"), (413, "太大"), (422, "请求不对"), (429, "太快"), (503, "太忙，或索引连不上"))}
-    app = FastAPI(title="vembed 检索服务", description=ABOUT, version="1", lifespan=life, responses=errors, redoc_url=None)
+    app = FastAPI(title="vembed 检索服务", description=ABOUT, version="1", lifespan=life, responses=errors, redoc_url=None, docs_url=None)
     rid = lambda request: request.scope["state"].get("rid", "") if "state" in request.scope else ""
     def refused(request, e): return Response(error_body(e.code, e.message, rid(request)), e.status, {"retry-after": str(e.retry)} if e.retry else None, "application/json")
     app.add_exception_handler(Refusal, refused)
@@ -993,6 +1017,7 @@ def make_app(
     app.add_exception_handler(HTTPException, lambda r, e: refused(r, Refusal(e.status_code, {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "bad_request"), {404: "没有这个地址；看 /docs", 405: "这个地址不接受这种方法"}.get(e.status_code, "请求读不懂"))))
     app.add_exception_handler(Exception, lambda r, e: refused(r, Refusal(500, "internal", "服务里出了没有料到的错；请把请求号告诉管理员")))
     for add in (_search_routes, _item_routes, _state_routes): add(app, service)
+    app.add_api_route("/docs", lambda: Response(docs_page(app.openapi()), media_type="text/html"), include_in_schema=False)
     return Gate(app, service.config, service.metrics, [r.path for r in app.routes if hasattr(r, "path")])
 
 # %% ../../nbs/87_ship.server.ipynb #770282bd
@@ -1127,6 +1152,7 @@ def serve(
     logging.captureWarnings(True)
     service = Service(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key: say("没有设 api_key，谁都能查", logging.WARNING, host=config.host)
+    check_port(config.host, config.port)
     gc.collect(); gc.freeze()  # 装载好的模块和模型不再扫：扫一遍要停 0.2 秒，正在等的请求全都跟着等
     _server(service).run()
 
