@@ -142,7 +142,7 @@ def _reports(names, test, ks, batch_size, qrels, ties):
 
 def _print_comparison(both):
     "对照表，和变得最多的查询。"
-    print(both)
+    print(both, "区间与 p 说法不同时（查询少，或差别集中在几个查询上），当作没有定论，多找些查询再比。", sep="\n")
     for n, r in enumerate(both.reports[1:], 1):
         better, worse = both.wins(10**9, other=n), both.losses(10**9, other=n)
         print(f"\n{r.name}：{len(better)} 个查询变好，{len(worse)} 个变坏")
@@ -215,7 +215,7 @@ def encode(inputs: list[str] = typer.Argument(..., metavar="输入...", help="�
 @app.command("index")
 def index_command(data: str = opt(..., "图库：.jsonl/.csv，每行 id 和 image 或 text", "--data"), out: str = opt(..., "索引文件夹", "--out"), model: str = opt("tiny-clip", "模型；每个 token 一个向量的（ColPali）也行", "--model"),
                   image_root: str = opt("", "图片根目录", "--image-root"), columns: str = opt("", "列名映射，例如 id=货号,image=图片", "--columns"),
-                  kind: str = opt("flat", "flat；FAISS 工厂字符串，例如 HNSW32、IVF1024,Flat；或 milvus:文件.db、milvus:http://主机:19530", "--kind"), metric: str = opt("cosine", "cosine、ip 或 l2", "--metric"),
+                  kind: str = opt("flat", "flat；FAISS 工厂字符串，例如 HNSW32、IVF1024,Flat；或 milvus:文件.db（同一时刻只能有一个进程打开它）、milvus:http://主机:19530", "--kind"), metric: str = opt("cosine", "cosine、ip 或 l2", "--metric"),
                   params: str = opt("", "FAISS 的搜索参数，例如 nprobe=16 或 efSearch=64", "--params"), recall: float = opt(0, "近似的索引：把搜索参数调到这个召回，例如 0.95", "--recall"),
                   precision: str = opt("", "一个数几个比特：float32、float16、int8、binary；给了它，内存里只放压缩的向量", "--precision"), rescore: str = opt("int8", "压缩的索引：候选用什么重新打分（放在盘上）：int8、self、float16、float32，或 none", "--rescore"),
                   dims: int = opt(0, "压缩的索引：第一遍只用前几维；0 表示全部", "--dims"), oversample: float = opt(10, "压缩的索引：候选是 k 的几倍", "--oversample"),
@@ -264,7 +264,9 @@ def search(query: str = typer.Argument(..., help="一句话，或一张图的路
     hits = Searcher(index, reranker=rerank or None).search(Item(text or None, picture) if picture is not None else Item(query), k, where=condition, unique=unique, candidates=candidates or None)
     if as_json: return print(json.dumps(hits.to_dict(), ensure_ascii=False, indent=2))
     if not len(hits): print("没有一样符合条件。", file=sys.stderr)
-    for h in hits.to_dict()["hits"]: print(f"{h['rank']:>3}  {'  —  ' if h['score'] is None else format(h['score'], '.3f')}  {h.get('image') or h.get('text') or h['id']}")
+    for h in hits.to_dict()["hits"]:
+        more = "  ".join(f"{key}={v}" for key, v in h.items() if key not in ("rank", "id", "score", "image", "text", "recall_score") and isinstance(v, (str, int, float)))
+        print(f"{h['rank']:>3}  {'  —  ' if h['score'] is None else format(h['score'], '.3f')}  {h.get('image') or h.get('text') or h['id']}  {more[:100]}".rstrip())
 
 # %% ../nbs/98_cli.ipynb #6b97c298
 @app.command("index-info")

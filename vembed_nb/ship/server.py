@@ -966,7 +966,8 @@ def docs_page(
         for name, p in schema.get("properties", {}).items():
             kinds = [x.get("type", x.get("$ref", "").split("/")[-1]) for x in (p.get("anyOf") or [p])]
             yield name, " 或 ".join(k for k in kinds if k != "null"), "必填" if name in schema.get("required", ()) else "", p.get("description", "")
-    parts = [f"<h1>{say_(api['info']['title'])}</h1><pre>{say_(api['info']['description'])}</pre><p><a href='openapi.json'>openapi.json</a></p>"]
+    plain = api["info"]["description"].replace("*", "").replace("`", "")
+    parts = [f"<h1>{say_(api['info']['title'])}</h1><pre>{say_(plain)}</pre><p><a href='openapi.json'>openapi.json</a></p>"]
     for path, methods in api["paths"].items():
         for method, op in methods.items():
             rows = [(p["name"], p["schema"].get("type", ""), "必填" if p.get("required") else "", p.get("description", "")) for p in op.get("parameters", ())]
