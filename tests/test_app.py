@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from vembed_nb.core import VembedError
-from vembed_nb.data.read import read_corpus, read_records
-from vembed_nb.data.tasks import Item, Record
+from vembed_nb.data.read import read_records
+from vembed_nb.data.tasks import Item
 from vembed_nb.evaluate.metrics import read_qrels
 from vembed_nb.models.load import load_encoder
 from vembed_nb.search.searcher import Hits, Searcher, build_index

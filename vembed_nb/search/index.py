@@ -228,7 +228,7 @@ def _ask(self, index, q, k, live):
         at = at.masked_fill(~ok, -1).gather(1, order)
     return s[:, :k], at[:, :k]
 
-VectorIndex.build = VectorIndex._build_faiss = build
+VectorIndex.build = build
 VectorIndex._tell, VectorIndex._ask = _tell, _ask
 
 # %% ../../nbs/62_search.index.ipynb #5e1059e9

@@ -14,7 +14,6 @@ __all__ = ['MAX_TEXT', 'MAX_K', 'MAX_PIXELS', 'MAX_UPLOAD', 'DEPTH', 'LISTED', '
 
 # %% ../../nbs/88_ship.app.ipynb #7ee2d2dc
 import base64
-import binascii
 import html
 import json
 import math
@@ -38,7 +37,7 @@ import torch
 from ..core import VembedError, check_port, need, stable_id, write_text
 from ..data.images import open_image
 from ..data.read import read_corpus, read_records
-from ..data.tasks import Item, embed_picture, one_line, picture_id
+from ..data.tasks import Item, one_line, picture_id
 from ..evaluate.metrics import write_qrels
 from ..fonts import font_path
 from ..models.base import eval_mode

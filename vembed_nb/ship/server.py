@@ -31,12 +31,11 @@ import uuid
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 
 import h11
-import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, Query, Request

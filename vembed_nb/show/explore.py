@@ -11,7 +11,6 @@ __all__ = ['CHANGES', 'Live', 'set_values', 'Look', 'Shelf', 'draw_look', 'explo
 import base64
 import html
 import io
-import math
 import random
 from dataclasses import dataclass, field
 
